@@ -1,0 +1,49 @@
+"""What can go wrong by a user's hand: one sentence that says what, where and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """An error that a user can cause and mend; its text is one sentence.
+
+    The command line prints the text alone and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting that does not exist or has a value that is not allowed."""
+
+
+class DataError(UserError):
+    """A folder, file, shard or manifest that is missing, empty or damaged."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or export that is damaged or belongs to another model or run."""
+
+
+class ResourceError(UserError):
+    """More workers, memory or disk asked for than there is."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""
+
+    exit_code = 1
+
+
+class TooManyRefused(UserError):
+    """More input files were refused than the user allows."""
+
+    exit_code = 3
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """A hint such as ` (did you mean 'levels'?)`, or nothing where no allowed word is near."""
+    matches = get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

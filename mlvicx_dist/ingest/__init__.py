@@ -1,0 +1,1 @@
+"""Hospital files to WebDataset shards."""

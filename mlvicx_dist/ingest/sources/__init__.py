@@ -1,0 +1,1 @@
+"""One module a dataset: each lists its images as records."""

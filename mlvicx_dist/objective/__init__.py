@@ -1,0 +1,1 @@
+"""Embeddings to the loss."""

@@ -1,0 +1,90 @@
+"""Progress on stderr: a rich bar on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PLAIN_EVERY_S = 5.0
+
+
+class Progress:
+    """A count of things done out of `total`, with its rate and the time left."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._skipped = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more as done; `note` stands behind the figures."""
+        self.done += count
+        self._show(note)
+
+    def skip(self, count: int) -> None:
+        """Count what an earlier run did: done, but not in the rate."""
+        self.done += count
+        self._skipped += count
+
+    def line(self, note: str = "") -> str:
+        """The state in words: `packing 120/600 images, 85.3 images/s, 6 s left`."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rate = (self.done - self._skipped) / elapsed
+        left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
+        tail = f", {note}" if note else ""
+        return f"{self.title} {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{tail}"
+
+    def _show(self, note: str) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_EVERY_S:
+            self._last = now
+            print(self.line(note), file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Bar(Progress):
+    """The same on a terminal, drawn by rich."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__(title, total, unit)
+        self._rich = RichProgress(
+            BarColumn(), TextColumn("{task.description}"),
+            console=Console(stderr=True), transient=True,
+        )
+        self._task = self._rich.add_task(title, total=total)
+        self._rich.start()
+
+    def _show(self, note: str) -> None:
+        self._rich.update(self._task, completed=self.done, description=self.line(note))
+
+    def stop(self) -> None:
+        self._rich.stop()
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
+    """Show how far a job of `total` `unit`s is, on stderr, while the block runs."""
+    if not sys.stderr.isatty():
+        yield Progress(title, total, unit)
+        return
+    bar = _Bar(title, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
