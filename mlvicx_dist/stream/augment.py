@@ -1,0 +1,153 @@
+"""The two views (DESIGN 3.5): geometry on the CPU, the rest batched on the device.
+
+Every parameter is keyed by (seed, epoch, sample, view), so an image gets the same two views
+whoever loads it. Hue, saturation and random grey do nothing to a grey image and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mlvicx_dist.config import Views
+from mlvicx_dist.stream import keyed
+
+CROP_TRIES = 10
+DRAWS = 4 * CROP_TRIES + 8
+PARAMETERS = ("factor1", "contrast1", "factor2", "contrast2", "blur_sigma_px", "solarise")
+"""Columns of the photometric table: two jitter steps (a factor, and whether it is contrast or
+brightness), the blur (0 is none) and whether to solarise."""
+
+
+def two_views(
+    image: np.ndarray, views: Views, *, seed: int, epoch: int, sample: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crop, resize and flip an image twice, and draw what the device is to do.
+
+    Args:
+        image: Grey image, uint8 [H, W].
+        views: The settings.
+        seed: The run's seed.
+        epoch: The epoch.
+        sample: The global sample index.
+
+    Returns:
+        Two crops, uint8 [2, 1, S, S], and their photometric table, float32 [2, 6].
+    """
+    size = views.image_size_px
+    crops = np.empty((2, 1, size, size), np.uint8)
+    table = np.empty((2, len(PARAMETERS)), np.float32)
+    picture = Image.fromarray(image)
+    for view in range(2):
+        draws = keyed.uniform(
+            DRAWS, seed=seed, epoch=epoch, purpose=keyed.VIEWS, item=sample, part=view
+        )
+        box = crop_box(picture.height, picture.width, views, draws[: 4 * CROP_TRIES])
+        crop = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        rest = draws[4 * CROP_TRIES :]
+        crops[view, 0] = crop[:, ::-1] if rest[0] < views.flip_p else crop
+        table[view] = photometric_row(views, view, rest[1:])
+    return crops, table
+
+
+def crop_box(
+    height: int, width: int, views: Views, draws: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Random resized crop: the first of ten tries that fits, else the largest centred one.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        views: `crop_scale` is the crop's share of the area, `crop_ratio` its width over height.
+        draws: Uniform numbers, [40].
+
+    Returns:
+        (left, top, right, bottom) in pixels.
+    """
+    low, high = views.crop_scale
+    log_low, log_high = (math.log(ratio) for ratio in views.crop_ratio)
+    for area, aspect, top, left in draws.reshape(CROP_TRIES, 4):
+        target = height * width * (low + (high - low) * area)
+        ratio = math.exp(log_low + (log_high - log_low) * aspect)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return x, y, x + w, y + h
+    ratio = min(max(width / height, views.crop_ratio[0]), views.crop_ratio[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def photometric_row(views: Views, view: int, draws: np.ndarray) -> tuple[float, ...]:
+    """One row of the photometric table from 7 uniform numbers."""
+    jitter, bright, contrast, swap, blur, sigma, solarise = draws
+    on = jitter < views.jitter_p
+    brightness = 1 + on * views.brightness * (2 * bright - 1)
+    contrasting = 1 + on * views.contrast * (2 * contrast - 1)
+    steps = ((brightness, 0.0), (contrasting, 1.0))
+    first, second = steps if swap < 0.5 else steps[::-1]
+    low, high = views.blur_sigma_px
+    width = low + (high - low) * sigma if blur < views.blur_p[view] else 0.0
+    return (*first, *second, width, float(solarise < views.solarise_p[view]))
+
+
+def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
+    """Brightness, contrast, blur and solarise, each with its image's own parameters.
+
+    Args:
+        images: Grey views in [0, 1], float [B, 1, S, S].
+        table: Photometric table, float32 [B, 6].
+        kernel_px: Width of the blur kernel, odd.
+
+    Returns:
+        Views in [0, 1], float [B, 1, S, S].
+    """
+    factor1, contrast1, factor2, contrast2, sigma, solarise = (
+        table.to(images.dtype)[:, :, None, None, None].unbind(1)
+    )
+    for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
+        mean = images.mean((2, 3), keepdim=True)
+        # Contrast blends with the image's mean, brightness with black.
+        images = (factor * images + (1 - factor) * contrast * mean).clamp(0, 1)
+    images = blur(images, sigma.flatten(), kernel_px=kernel_px)
+    return torch.where((solarise > 0) & (images >= 128 / 255), 1 - images, images)
+
+
+def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
+    """Gaussian blur with a width for each image (0: none) and mirrored borders.
+
+    As a matrix product a side: the kernels, borders included, are banded S x S matrices.
+
+    Args:
+        images: [B, 1, S, S].
+        sigma_px: Standard deviations in pixels, [B].
+        kernel_px: Width of the kernel, odd.
+
+    Returns:
+        [B, 1, S, S].
+    """
+    chosen = sigma_px.nonzero().flatten()
+    if not len(chosen):
+        return images
+    matrix = _blur_matrix(sigma_px[chosen], images.shape[-1], kernel_px)
+    blurred = (matrix @ images[chosen, 0] @ matrix.transpose(1, 2)).unsqueeze(1)
+    return images.index_copy(0, chosen, blurred)
+
+
+def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Tensor:
+    """The blur along one side as a matrix, [B, size, size]."""
+    half = kernel_px // 2
+    offsets = torch.arange(-half, half + 1, device=sigma_px.device, dtype=sigma_px.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma_px[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    rows = torch.arange(size, device=sigma_px.device)
+    # Mirror without repeating the border pixel, over a period of 2 (size - 1).
+    source = (rows[:, None] + offsets.long()) % (2 * (size - 1))
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)
+    matrix = kernel.new_zeros(len(sigma_px), size, size)
+    index = source.expand(len(sigma_px), -1, -1)
+    return matrix.scatter_add_(2, index, kernel[:, None].expand(-1, size, -1).contiguous())

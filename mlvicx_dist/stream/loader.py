@@ -1,0 +1,146 @@
+"""From the order of samples to batches, one whole batch an item, in loader processes.
+
+Step t of a run is column t mod steps of epoch t div steps: resuming is starting at a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mlvicx_dist.config import Views
+from mlvicx_dist.errors import UserError
+from mlvicx_dist.stream.augment import PARAMETERS, two_views
+from mlvicx_dist.stream.order import epoch_lanes, rank_lanes, steps_per_epoch
+from mlvicx_dist.stream.shardset import ShardSet
+
+ORDER_FOLDER = Path(tempfile.gettempdir()) / "mlvicx-order"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on at one step.
+
+    Attributes:
+        step: The step of the run.
+        samples: Global sample indices, int64 [b].
+        images: Both views, uint8 [2, b, 1, S, S].
+        table: Photometric table of `augment`, float32 [2, b, 6].
+    """
+
+    step: int
+    samples: torch.Tensor
+    images: torch.Tensor
+    table: torch.Tensor
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory (PyTorch's loader calls this)."""
+        return Batch(
+            self.step, self.samples, self.images.pin_memory(), self.table.pin_memory()
+        )
+
+
+class Steps(Dataset[Batch | UserError]):
+    """The batches of one rank, by the step of the run."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        views: Views,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.shards, self.views, self.seed, self.batch = shards, views, seed, batch
+        self.lanes = rank_lanes(batch, rank, world_size)
+        self.steps_per_epoch = steps_per_epoch(shards.sizes, batch, shards.weights)
+        self._epoch = -1
+        self._order = np.empty((0, 0), np.int64)
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        # An error travels as a value: PyTorch would turn it into a traceback.
+        try:
+            return self._batch(step)
+        except UserError as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
+        epoch, column = divmod(step, self.steps_per_epoch)
+        samples = self.samples(epoch)[:, column]
+        size = self.views.image_size_px
+        images = np.empty((2, len(samples), 1, size, size), np.uint8)
+        table = np.empty((2, len(samples), len(PARAMETERS)), np.float32)
+        for place, sample in enumerate(samples.tolist()):
+            images[:, place], table[:, place] = two_views(
+                as_bytes(self.shards.image(sample)),
+                self.views,
+                seed=self.seed,
+                epoch=epoch,
+                sample=sample,
+            )
+        return Batch(
+            step,
+            torch.from_numpy(np.ascontiguousarray(samples)),
+            torch.from_numpy(images),
+            torch.from_numpy(table),
+        )
+
+    def samples(self, epoch: int) -> np.ndarray:
+        """The order of this rank's lanes in an epoch, int64 [lanes, steps]."""
+        if epoch != self._epoch:
+            self._order = epoch_lanes(
+                self.shards.sizes,
+                self.batch,
+                self.seed,
+                epoch,
+                self.shards.weights,
+                lanes=self.lanes,
+                folder=ORDER_FOLDER,
+            )
+            self._epoch = epoch
+        return self._order
+
+
+def as_bytes(image: np.ndarray) -> np.ndarray:
+    """An image as the views take it: 16 bits become 8, uint8 [H, W]."""
+    return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
+
+
+def batches(
+    steps: Steps, *, start: int, stop: int, workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of the steps `start` … `stop` - 1, loaded ahead by `workers` processes.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _as_it_is(item: Batch | UserError) -> Batch | UserError:
+    return item
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

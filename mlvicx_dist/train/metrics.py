@@ -1,0 +1,165 @@
+"""What is measured while training, and the run's log: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from mlvicx_dist.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+RANK_ROWS = 1024
+"""Encoder outputs, the latest ones, over which the effective rank is taken."""
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """RankMe (Garrido et al. 2023, eq. 1): the entropy of the singular values as a rank.
+
+    Args:
+        features: Encoder outputs, [N, F].
+
+    Returns:
+        A number between 1 and min(N, F).
+    """
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum() + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+class _Pending:
+    """Values on their way from the device to the host."""
+
+    def __init__(self, step: int, names: list[str], values: torch.Tensor) -> None:
+        self.step, self._names, self._values = step, names, values
+        self._arrived = None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The values by name, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
+class Meter:
+    """Loss terms since the last log row; stops the run when one is not finite.
+
+    A step's values are looked at one step later, when the device has long computed them: the
+    training thread never waits for them.
+    """
+
+    def __init__(self, representation_rows: int) -> None:
+        self._pending: _Pending | None = None
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self._features: deque[torch.Tensor] = deque(
+            maxlen=max(1, RANK_ROWS // max(representation_rows, 1))
+        )
+
+    def add(self, step: int, terms: Mapping[str, torch.Tensor], features: torch.Tensor) -> None:
+        """Count the terms of a step, scalars by name, and the encoder's output [b, F]."""
+        self.settle()
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        self._pending = _Pending(step, list(terms), values)
+        self._features.append(features.detach().float())
+
+    def settle(self) -> None:
+        """Look at the last step's values.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        for name, value in pending.read().items():
+            if value - value != 0:
+                level, _, term = name.partition("/")
+                raise TrainingError(
+                    f"step {pending.step}: the {term or 'sum'} of the {level} "
+                    f"{'term' if term else 'value'} is {value}; start again from the last "
+                    "checkpoint with a lower train.learning_rate_per_256 or more "
+                    "train.warmup_epochs, or with train.precision=float32."
+                )
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    def row(self) -> dict[str, float]:
+        """Means since the last row, and the effective rank of the latest encoder outputs."""
+        self.settle()
+        row = {name: total / self._steps for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        features = torch.cat(tuple(self._features))
+        row["encoder/rankme"] = effective_rank(features)
+        row["encoder/std"] = float(features.std(0).mean())
+        return row
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard events of a run; rows past the step it resumes from go."""
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        _cut(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Add a row; its key `step` is the number of steps done."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(row["step"]))
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+        self._board.flush()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s: left out a row that is cut short", path)
+    return rows
+
+
+def _cut(path: Path, step: int) -> None:
+    """Remove the rows past `step`: they will be written again."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if not path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)

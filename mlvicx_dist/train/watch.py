@@ -1,0 +1,98 @@
+"""What the driver sees of a run: rows that the workers report, by way of Ray Train's controller.
+
+The controller runs on the driver's node, so a file there carries the rows: no actor, no port.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from mlvicx_dist.errors import UserError
+
+POLL_S = 0.2
+
+
+class Forward(UserCallback):
+    """Runs in the controller: hands rank 0's rows on, and stops the run at a user's error.
+
+    A user's error would only come again: raising it here ends the run at once, where Ray would
+    start the workers once more.
+    """
+
+    def __init__(self, channel: Path) -> None:
+        self.channel = channel
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Append rank 0's row to the channel."""
+        self._put(metrics[0])
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Say that workers died; raise a user's error.
+
+        Raises:
+            UserError: what a worker raised.
+        """
+        for error in worker_exceptions.values():
+            cause = user_error(error)
+            if cause:
+                raise cause
+        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+        self._put({"died": f"worker {ranks} died ({first[-1][:200] if first else 'no message'})"})
+
+    def _put(self, row: dict[str, Any]) -> None:
+        with self.channel.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The user's error inside Ray's wrappers, where there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, UserError):
+            return current
+        inner = [getattr(current, name, None) for name in ("controller_failure", "_base_exc", "cause")]
+        inner += [*getattr(current, "worker_failures", {}).values()]
+        queue += [e for e in (*inner, current.__cause__) if isinstance(e, BaseException)]
+    return None
+
+
+@contextmanager
+def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call `show` with each row that comes through the channel while the block runs."""
+    channel.touch()
+    ended = threading.Event()
+
+    def follow() -> None:
+        with channel.open(encoding="utf-8") as file:
+            line = ""
+            while True:
+                last_look = ended.is_set()
+                while piece := file.readline():
+                    line += piece
+                    if line.endswith("\n"):
+                        show(json.loads(line))
+                        line = ""
+                if last_look:
+                    return
+                ended.wait(POLL_S)
+
+    thread = threading.Thread(target=follow, name="mlvicx-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
