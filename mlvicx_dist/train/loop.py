@@ -312,7 +312,8 @@ def _model(config: PretrainConfig, place: Place) -> MLVICX:
         load_strictly(
             model.encoder, source.backbone.state_dict(), where=config.train.init_from
         )
-    model = convert_batch_norm(model) if place.world_size > 1 else model
+    if place.world_size > 1:
+        convert_batch_norm(model, place.device)
     return model.to(place.device)
 
 

@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all their own set-up; a second run skips what is done.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-all check format lock clean
+
+help:
+	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
+	@echo "make test      style, types and the quick tests"
+	@echo "make test-all  the slow tests"
+	@echo "make check     style and types only"
+	@echo "make format    rewrite the code in the house style"
+	@echo "make lock      pin the newest versions in constraints.txt"
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/mlvicx demo --out demo
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,216 @@
+"""The `mlvicx` command: parsing and printing, no logic.
+
+Heavy imports stay inside the handlers, so that every `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlvicx_dist import __version__
+from mlvicx_dist.errors import UserError
+
+Handler = Callable[[argparse.Namespace], "Answer"]
+
+
+class Answer:
+    """What a command says: JSON for machines, lines for people, and an exit code."""
+
+    def __init__(self, document: dict[str, Any], lines: Sequence[str], code: int = 0) -> None:
+        self.document, self.lines, self.code = document, lines, code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit codes are 0 done, 1 failed, 2 the user's error, 3 too many refused."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        answer = options.handler(options)
+    except UserError as error:
+        print(f"mlvicx: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mlvicx: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if options.json:
+        print(json.dumps(answer.document))
+    else:
+        for line in answer.lines:
+            print(line)
+    return int(answer.code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlvicx",
+        description="Self-supervised pretraining of chest X-ray encoders (MLVICX) on Ray.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlvicx_dist {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Handler, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.add_argument(
+            "--json", action="store_true", help="print one JSON document on stdout, nothing else"
+        )
+        added.set_defaults(handler=handler)
+        return added
+
+    add = command("demo", _demo, "phantoms -> shards -> pretrain -> probe -> report; no data, no GPU")
+    add.add_argument("--out", default="demo", help="folder of the demo (default: %(default)s)")
+
+    add = command("pretrain", _pretrain, "pretrain an encoder; the same command again resumes")
+    _add_config(add)
+
+    add = command("evaluate", _evaluate, "probe a frozen encoder beside the same one untrained")
+    add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
+    _add_config(add)
+    add.add_argument("--out", help="folder of the result (default: the run's own)")
+
+    add = command("embed", _embed, "write the embeddings of shards to a parquet file")
+    add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
+    add.add_argument("shards", nargs="+", help="shard folders")
+    add.add_argument("--out", required=True, help="the parquet file to write")
+    add.add_argument("--split", action="append", help="only this split; may be repeated")
+    add.add_argument("--batch-size", type=_count, default=64, help="images a batch (%(default)s)")
+    add.add_argument("--loader-workers", type=int, default=1, help="loader processes (%(default)s)")
+    add.add_argument("--use-gpu", action="store_true", help="run the encoder on the GPU")
+
+    add = command("report", _report, "write a run's report: one self-contained HTML page")
+    add.add_argument("run", help="the run's folder")
+
+    add = command("export", _export, "write an encoder as safetensors with its model card")
+    add.add_argument("checkpoint", help="a run or a checkpoint")
+    add.add_argument("--out", required=True, help="the folder to write")
+
+    add = command("verify", _verify, "check shards: digests, counts, every image")
+    add.add_argument("shards", help="a shard folder")
+    add.add_argument("--workers", type=_count, default=1, help="processes (%(default)s)")
+
+    add = command("inspect", _inspect, "draw a contact sheet of images and their two views")
+    add.add_argument("shards", nargs="+", help="shard folders")
+    add.add_argument("--out", default="contact.png", help="the PNG to write (%(default)s)")
+    add.add_argument("--count", type=_count, default=8, help="images shown (%(default)s)")
+    add.add_argument("--seed", type=int, default=0, help="which images and views (%(default)s)")
+    add.add_argument("--config", help="take the views from this pretrain file")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file such as those in configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a setting, as in train.epochs=10; may be repeated",
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _demo(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.demo import demo
+
+    result = demo(options.out)
+    return Answer(result.document, result.lines, 0 if result.better else 1)
+
+
+def _pretrain(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import PretrainConfig, load_as
+    from mlvicx_dist.train.launch import pretrain
+
+    outcome = pretrain(load_as(PretrainConfig, options.config, options.overrides))
+    if outcome.already_finished:
+        first = f"{outcome.run_dir}: this run is finished ({outcome.steps} steps); nothing to do."
+    else:
+        resumed = f", going on from step {outcome.resumed_from}" if outcome.resumed_from else ""
+        first = f"{outcome.run_dir}: trained to step {outcome.steps}{resumed}."
+    document = {
+        "run": str(outcome.run_dir),
+        "steps": outcome.steps,
+        "resumed_from": outcome.resumed_from,
+        "already_finished": outcome.already_finished,
+    }
+    return Answer(document, [first, f"Next: mlvicx report {outcome.run_dir}"])
+
+
+def _evaluate(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import EvaluateConfig, load_as
+    from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
+
+    config = load_as(EvaluateConfig, options.config, options.overrides)
+    result, path = evaluate_checkpoint(options.checkpoint, config, out=options.out)
+    return Answer(result, [*summary(result), f"Written: {path}"])
+
+
+def _embed(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.evaluate.embed import embed_to_parquet
+
+    count, width = embed_to_parquet(
+        options.checkpoint,
+        options.shards,
+        options.out,
+        splits=options.split,
+        batch_size=options.batch_size,
+        loader_workers=options.loader_workers,
+        use_gpu=options.use_gpu,
+    )
+    document = {"path": options.out, "images": count, "features": width}
+    return Answer(document, [f"{options.out}: {count} embeddings of {width} numbers each."])
+
+
+def _report(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.report.page import write_report
+
+    path = write_report(options.run)
+    return Answer({"report": str(path)}, [f"{path}: open it in a browser."])
+
+
+def _export(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.export import export
+
+    folder = export(options.checkpoint, options.out)
+    return Answer({"export": str(folder)}, [f"{folder}: encoder.safetensors, config.json, README.md"])
+
+
+def _verify(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.ingest.verify import verify
+    from mlvicx_dist.ingest.shards import read_manifest
+    from mlvicx_dist.progress import progress
+
+    manifest = read_manifest(options.shards)
+    with progress("verifying", sum(s.samples for s in manifest.shards), "images") as bar:
+        report = verify(options.shards, workers=options.workers, progress=bar)
+    return Answer(report.document(), report.lines(), 1 if report.problems else 0)
+
+
+def _inspect(options: argparse.Namespace) -> Answer:
+    from pathlib import Path
+
+    from mlvicx_dist.config import PretrainConfig, Views, load_as
+    from mlvicx_dist.report.contact import contact_sheet
+
+    views = load_as(PretrainConfig, options.config).views if options.config else Views()
+    sheet = contact_sheet(options.shards, views, count=options.count, seed=options.seed)
+    sheet.save(Path(options.out))
+    return Answer({"sheet": options.out}, [f"{options.out}: {options.count} images, each with its two views."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""An encoder as a folder that others load: safetensors, config.json and a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.model.encoder import save_export
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the encoder of a run or checkpoint to the folder `out`.
+
+    The model card carries the evaluations that the run's folder holds.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or `out` exists already.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: this folder exists already; give one that does not.")
+    weights = find_weights(source)
+    save_export(load_encoder(weights), out, evidence(weights))
+    return out
+
+
+def evidence(weights: Path) -> dict[str, Any]:
+    """What is known of a checkpoint: its run, its file and the run's evaluations."""
+    run_dir = weights.parent.parent
+    known: dict[str, Any] = {"run": run_dir.name, "checkpoint": weights.name}
+    for path in sorted((run_dir / "evaluations").glob("*.json")):
+        known[path.stem] = json.loads(path.read_text(encoding="utf-8")).get("summary")
+    return known

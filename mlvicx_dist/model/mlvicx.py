@@ -1,0 +1,72 @@
+"""The model that is pretrained: gated backbone, global projector, local head and projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mlvicx_dist.config import Model
+from mlvicx_dist.model.heads import LocalHead, projector
+from mlvicx_dist.model.levels import GatedBackbone
+
+
+class MLVICX(nn.Module):
+    """One view to its global and local embeddings (DESIGN 4.1, 4.3)."""
+
+    def __init__(self, settings: Model) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = GatedBackbone(settings)
+        self.global_projector = projector(settings.projector, self.encoder.channels[-1])
+        self.local_names = _local_names(settings, self.encoder.levels)
+        chosen = [self.encoder.channels[level] for level in self.encoder.levels]
+        self.local_head = LocalHead(
+            settings.local, chosen, trained=settings.level_convs == "trained"
+        )
+        self.local_projectors = nn.ModuleDict(
+            {name: projector(settings.projector, self.local_head.features)
+             for name in self.local_names}
+        )
+
+    def forward(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A normalised view [B, C, H, W] to embeddings [B, D] by the name of their term.
+
+        Returns:
+            `global`, and `local` or one `level<n>` for each chosen level.
+        """
+        return self.project(self.encoder(view))
+
+    def representation(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What is kept after pretraining: the average pool of the last map, [B, F]."""
+        return maps[-1].mean((2, 3))
+
+    def project(self, maps: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The maps of all levels to embeddings."""
+        embeddings = {"global": self.global_projector(self.representation(maps))}
+        if self.local_names:
+            vectors = self.local_head([maps[level] for level in self.encoder.levels])
+            for name, vector in zip(self.local_names, vectors, strict=True):
+                embeddings[name] = self.local_projectors[name](vector)
+        return embeddings
+
+
+def build_model(settings: Model, seed: int | None = None) -> MLVICX:
+    """The model with its starting weights, which `seed` decides alone.
+
+    Raises:
+        ConfigError: the backbone or one of its levels does not exist.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return MLVICX(settings)
+
+
+def _local_names(settings: Model, levels: Sequence[int]) -> list[str]:
+    if not levels:
+        return []
+    if settings.local.fusion == "sum":
+        return ["local"]
+    return [f"level{level}" for level in levels]

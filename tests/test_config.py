@@ -1,0 +1,114 @@
+"""Settings: what is read, and the sentence for whatever is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from mlvicx_dist.config import (
+    EvaluateConfig,
+    PretrainConfig,
+    load_as,
+    load_config,
+    parse_config,
+    to_tree,
+)
+from mlvicx_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "kind: pretrain\nrun: {name: small}\ndata: {shards: [{path: a}]}\n"
+        "train: {weight_decay: 1e-6, learning_rate_per_256: 2E-1}\n"
+    )
+    return path
+
+
+def test_numbers_with_an_exponent_are_numbers(file):
+    config = load_config(file)
+    assert config.train.weight_decay == 1e-6
+    assert config.train.learning_rate_per_256 == 0.2
+
+
+def test_overrides_reach_lists_and_make_sections(file):
+    config = load_config(
+        file,
+        ["data.shards.0.weight=2.5", "loss.global.variance=1e1", "model.levels=[1, 3]",
+         "run.name=other"],
+    )
+    assert config.data.shards[0].weight == 2.5
+    assert config.loss.global_.variance == 10
+    assert config.model.levels == [1, 3]
+    assert config.run.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.levls=all", ["small.yaml", "model.levls", "'levels'"]),
+        ("train.optimizer=sgd", ["small.yaml", "train.optimizer", "lars, adamw"]),
+        ("model.levels=[1, a]", ["model.levels", "'all' or a list"]),
+        ("model.levels=[1, 1]", ["'model'", "each level once"]),
+        ("loss.global.variance=-1", ["loss.global.variance", "greater than or equal to 0"]),
+        ("data.shards.0.wieght=2", ["data.shards.0.wieght", "'weight'"]),
+        ("data.shards.3.path=b", ["--set data.shards.3.path=b", "0 to 0"]),
+        ("train.epochs", ["--set train.epochs", "train.epochs=10"]),
+        ("train.epochs.x=1", ["--set"]),
+        ("views.crop_scale=[1.0, 0.2]", ["views", "low <= high"]),
+        ("kind=pretain", ["kind", "'pretrain'"]),
+        ("workers.min=5", ["workers", "min must not be more"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(file, override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [*(["train.epochs=3"] if "epochs.x" in override else []), override])
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kind: pretrain\nrun: {name: x\n", "line"),
+        ("- a\n", "mapping"),
+        ("kind: pretrain\nkind: evaluate\n", "stands twice"),
+        ("kind: pretrain\nrun: {name: x}\n", "'data' is missing"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nothere.yaml"):
+        load_config(tmp_path / "nothere.yaml")
+
+
+def test_a_tree_comes_back_as_the_same_settings(file):
+    config = load_config(file)
+    tree = to_tree(config)
+    assert tree["loss"]["global"]["invariance"] == 25
+    assert parse_config(tree, "again") == config
+
+
+def test_the_wrong_kind_is_refused(file):
+    with pytest.raises(ConfigError, match="kind: evaluate"):
+        load_as(EvaluateConfig, file)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid_and_says_its_command(path):
+    config = load_config(path)
+    assert isinstance(config, PretrainConfig | EvaluateConfig)
+    head = path.read_text().split("kind:")[0]
+    assert "Command:" in head
+    assert path.relative_to(ROOT).as_posix() in head
