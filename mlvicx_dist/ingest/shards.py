@@ -1,0 +1,235 @@
+"""The shard format (DESIGN 5): tar files, an index beside each, and one manifest, written last.
+
+Any WebDataset reader takes the tars. The index, derived from the tar alone, lets a sample be read
+by position; the manifest says that a folder is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from webdataset import TarWriter
+
+from mlvicx_dist.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MAX_PIXELS = 64_000_000
+"""A larger image is taken for an attack on memory."""
+IMAGE_SUFFIXES = ("jpg", "png")
+INDEX_DTYPE = np.dtype(
+    [
+        ("key", "S32"),
+        ("image_offset", "<i8"),
+        ("image_size", "<i8"),
+        ("json_offset", "<i8"),
+        ("json_size", "<i8"),
+        ("mask_offset", "<i8"),
+        ("mask_size", "<i8"),
+    ]
+)
+"""One row a sample; the mask's numbers are 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard as the manifest lists it."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of shards, whole."""
+
+    folder: Path
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...]
+    splits: Mapping[str, int]
+    sources: Mapping[str, int]
+    settings: Mapping[str, Any]
+    salt_digest: str
+    version: str
+    digest: str = ""
+    """SHA-256 of the manifest's bytes: what a run remembers of its data."""
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a shard folder.
+
+    Raises:
+        DataError: the folder is missing, not packed to the end, damaged or from a newer version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
+        )
+    if not path.exists():
+        raise DataError(
+            f"{folder}: there is no {MANIFEST} in it; if its packing was stopped, run the same "
+            "sharding command again to finish it."
+        )
+    try:
+        data = path.read_bytes()
+        tree = json.loads(data)
+        if tree["format"] > FORMAT:
+            raise DataError(
+                f"{path}: it was written by a newer mlvicx_dist ({tree['version']}); "
+                "install that version or a later one."
+            )
+        return Manifest(
+            folder=folder,
+            shards=tuple(ShardInfo(**shard) for shard in tree["shards"]),
+            classes=tuple(tree["classes"]),
+            splits=tree["splits"],
+            sources=tree["sources"],
+            settings=tree["settings"],
+            salt_digest=tree["salt_digest"],
+            version=tree["version"],
+            digest=hashlib.sha256(data).hexdigest(),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: the manifest is damaged ({type(error).__name__}); pack the folder again."
+        ) from None
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write the manifest; the same shards give the same bytes."""
+    tree = asdict(manifest)
+    del tree["folder"], tree["digest"]
+    text = json.dumps({"format": FORMAT, **tree}, indent=1, sort_keys=True) + "\n"
+    write_whole(manifest.folder / MANIFEST, text.encode())
+
+
+def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> int:
+    """Write samples (`__key__`, `jpg` or `png`, `json`) as a tar and its index; how many there were.
+
+    The tar appears whole or not at all, its index before it; its bytes depend on the samples alone.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with partial.open("wb") as file:
+            with TarWriter(file, encoder=False, mtime=0, user="root", group="root") as writer:
+                for sample in samples:
+                    writer.write(sample)
+                    count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        buffer = io.BytesIO()
+        np.save(buffer, build_index(partial))
+        write_whole(index_path(path), buffer.getvalue())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard is: beside it."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.npy")
+
+
+def build_index(shard: Path) -> np.ndarray:
+    """The index of a tar, read from its headers alone, `INDEX_DTYPE` [samples].
+
+    Raises:
+        DataError: the tar is cut short, or a sample has no image or no JSON.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                kind = {"json": "json", "mask.png": "mask"}.get(suffix, "image")
+                if not member.isreg() or (kind == "image" and suffix not in IMAGE_SUFFIXES):
+                    raise DataError(f"{shard}: the member {member.name} does not belong in a shard")
+                row = rows.setdefault(key, {})
+                row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{shard}: the tar cannot be read ({error})") from None
+    index = np.zeros(len(rows), INDEX_DTYPE)
+    for place, (key, row) in enumerate(rows.items()):
+        if "image_offset" not in row or "json_offset" not in row:
+            raise DataError(f"{shard}: the sample {key} has no image or no JSON")
+        index[place] = (key, *(row.get(name, 0) for name in INDEX_DTYPE.names[1:]))
+    return index
+
+
+def read_index(folder: str | Path, shard_name: str) -> np.ndarray:
+    """The index of a shard, `INDEX_DTYPE` [samples].
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = index_path(Path(folder) / shard_name)
+    try:
+        index: np.ndarray = np.load(path, allow_pickle=False)
+        damaged = index.dtype != INDEX_DTYPE
+    except (OSError, ValueError, EOFError):
+        damaged = True
+    if damaged:
+        raise DataError(
+            f"{path}: the index is missing or damaged; run 'mlvicx verify {folder}' for its repair."
+        )
+    return index
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """A stored image, JPEG or PNG.
+
+    Returns:
+        Grey, uint8 or (16-bit PNG) uint16, [H, W].
+
+    Raises:
+        DataError: it cannot be decoded, or is larger than any radiograph.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(f"{image.width} x {image.height} pixels are too many")
+                if image.mode.startswith("I"):
+                    return np.asarray(image).astype(np.uint16)
+                return np.asarray(image.convert("L") if image.mode != "L" else image)
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ) as error:
+        raise DataError(f"the image is damaged: {error}") from None

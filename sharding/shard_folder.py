@@ -1,0 +1,59 @@
+"""Pack any folder of radiographs (images or DICOM) into WebDataset shards.
+
+    python sharding/shard_folder.py --source FOLDER --out shards/mine
+    python sharding/shard_folder.py --source FOLDER --csv labels.csv --out shards/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mlvicx_dist.ingest.command import run_sharding
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this source."""
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder of images; subfolder = class")
+    add("--name", help="what the shards call this source (default: the folder's name)")
+    add("--patient-regex", help="group 1 in a file's name is the patient, as in '(person[0-9]+)'")
+    add("--csv", type=Path, help="a table of the files instead of subfolders")
+    for column in ("path", "labels", "patient", "split", "view", "sex", "age"):
+        add(f"--{column}-column", default=column, metavar="NAME", help="(%(default)s)")
+    add("--classes", help="class names in order, joined by commas (default: all, sorted)")
+    add("--unknown", metavar="CELL", help="the labels cell of an image without labels")
+    add("--where", action="append", default=[], metavar="COLUMN=PATTERN",
+        help="take only such rows, as in 'file=images/nih_*'; may be repeated")
+
+
+def list_records(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """From the arguments to the images."""
+    from mlvicx_dist.ingest.sources.folder import Columns, list_csv, list_folder
+
+    name = options.name or options.source.resolve().name
+    if options.csv is None:
+        return list_folder(options.source, name=name, patient_regex=options.patient_regex)
+    columns = Columns(**{c: getattr(options, f"{c}_column") for c in Columns.__dataclass_fields__})
+    classes = options.classes.split(",") if options.classes else None
+    return list_csv(
+        options.source,
+        options.csv,
+        name=name,
+        columns=columns,
+        classes=classes,
+        unknown=options.unknown,
+        where=options.where,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_sharding(
+            None,
+            description="Pack any folder of radiographs into WebDataset shards.",
+            add_arguments=add_arguments,
+            list_records=list_records,
+        )
+    )
