@@ -1,0 +1,141 @@
+"""A folder of phantom radiographs, PNG and DICOM, with the CSV that the folder source reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.shards import write_whole
+from mlvicx_dist.ingest.sources.anatomy import BITS, CLASSES, Phantom, draw_phantom
+from mlvicx_dist.progress import Progress
+
+TABLE = "labels.csv"
+HEADER = ("path", "labels", "patient", "split", "view", "sex", "age")
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class _Task:
+    out: Path
+    indices: range
+    seed: int
+    size_px: int
+    dicom_fraction: float
+
+
+def write_phantoms(
+    out: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    size_px: int = 256,
+    dicom_fraction: float = 0.2,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Draw `count` phantoms, one patient each, into files; files that are there are left.
+
+    Args:
+        out: The folder.
+        count: How many.
+        seed: The population; the same arguments give the same bytes.
+        size_px: Side of the images.
+        dicom_fraction: The part that becomes DICOM (12 bits, some MONOCHROME1), the rest 8-bit PNG.
+        workers: Processes.
+        progress: Counts images.
+
+    Returns:
+        The path of the CSV that names them all, written last.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+    tasks = [_Task(out, chunk, seed, size_px, dicom_fraction) for chunk in chunks]
+    rows: list[tuple[str, ...]] = []
+    try:
+        for folder in ("images", "dicom"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for part in _run(tasks, workers):
+            rows += part
+            if progress:
+                progress.advance(len(part))
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([HEADER, *rows])
+        write_whole(out / TABLE, buffer.getvalue().encode())
+    except OSError as error:
+        raise DataError(
+            f"{out}: the phantoms cannot be written ({error.strerror}); make room or choose "
+            "another folder."
+        ) from None
+    return out / TABLE
+
+
+def _run(tasks: list[_Task], workers: int) -> Iterator[list[tuple[str, ...]]]:
+    if workers == 1:
+        yield from map(_write_chunk, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(_write_chunk, tasks)
+
+
+def _write_chunk(task: _Task) -> list[tuple[str, ...]]:
+    return [_write(task, index) for index in task.indices]
+
+
+def _write(task: _Task, index: int) -> tuple[str, ...]:
+    """Write one phantom where it is not there yet; its row of the CSV."""
+    phantom = draw_phantom(task.seed, index, size_px=task.size_px)
+    patient = f"phantom-{index:06d}"
+    # Spread over the population, and free of the phantom's own random numbers.
+    as_dicom = (index * 0.6180339887) % 1 < task.dicom_fraction
+    name = f"dicom/{patient}.dcm" if as_dicom else f"images/{patient}.png"
+    if not (task.out / name).exists():
+        data = _dicom(phantom, patient, index, task.seed) if as_dicom else _png(phantom)
+        write_whole(task.out / name, data)
+    labels = "|".join(label for label in CLASSES if phantom.labels[label])
+    return name, labels, patient, "", phantom.view, phantom.sex, str(phantom.age)
+
+
+def _png(phantom: Phantom) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((phantom.pixels >> (BITS - 8)).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _dicom(phantom: Phantom, patient: str, index: int, seed: int) -> bytes:
+    """A digital radiograph, 12 bits in 16, with rescale and window; every third is MONOCHROME1."""
+    inverted = index % 3 == 0
+    instance = generate_uid(entropy_srcs=["mlvicx phantom", str(seed), str(index)])
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = instance
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    top = 2**BITS - 1
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, instance
+    dataset.Modality, dataset.BodyPartExamined = "DX", "CHEST"
+    dataset.PatientID, dataset.PatientSex = patient, phantom.sex
+    dataset.PatientAge, dataset.ViewPosition = f"{phantom.age:03d}Y", phantom.view
+    dataset.Rows, dataset.Columns = phantom.pixels.shape
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, BITS, BITS - 1
+    dataset.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    dataset.RescaleSlope, dataset.RescaleIntercept = "1", "0"
+    dataset.WindowCenter, dataset.WindowWidth = str((top + 1) / 2), str(top + 1)
+    dataset.PixelData = (top - phantom.pixels if inverted else phantom.pixels).tobytes()
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
