@@ -143,41 +143,53 @@ class _GlobalStatistics(_BatchNorm):
 
 
 class _GlobalNorm(torch.autograd.Function):
-    """Normalisation by the global batch: one collective forward, one backward."""
+    """Normalisation by the global batch: one collective forward, one backward.
+
+    The passes over the map are PyTorch's own kernels; they take bf16 maps and keep float32 sums.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        dims = [d for d in range(x.ndim) if d != 1]
-        variance, mean = torch.var_mean(wide, dims, correction=0)
-        count = mean.new_tensor([x.numel() / x.shape[1]])
-        parts = [torch.empty(2 * len(mean) + 1, dtype=mean.dtype) for _ in range(world_size())]
-        if len(parts) > 1:
-            dist.all_gather(parts, torch.cat([mean, variance, count]))
-            means, variances, counts = torch.stack(parts).split([len(mean), len(mean), 1], 1)
-            count = counts.sum()
-            mean = (means * counts).sum(0) / count
-            variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-        else:
-            count = count[0]
-        y = functional.batch_norm(wide, mean, variance, weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
+        # Running statistics of the weight's type make the kernel answer in that type.
+        unused = torch.zeros_like(weight)
+        mean, variance = torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+        mean, variance, count = _merged(mean, variance, x.numel() // x.shape[1])
+        y = functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return y.to(x.dtype), mean, variance, count
+        return y, mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, inverse_std, count = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        dims = [d for d in range(x.ndim) if d != 1]
-        dy = gradients[0].to(mean.dtype)
-        centred = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
-        sums = torch.stack([dy.sum(dims), (dy * centred).sum(dims)])
-        bias_gradient, weight_gradient = sums.clone()
+        x, weight, mean, variance, count = ctx.saved_tensors
+        # As if the statistics were constants: dx = dy w / std, and the sums of dy and dy (x-m)/std.
+        dx, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
+            gradients[0].contiguous(), x, weight, mean, variance, None, None, False, ctx.eps,
+            [True, True, True],
+        )
+        sums = torch.stack([weight_gradient, bias_gradient])
         if world_size() > 1:
             dist.all_reduce(sums)
-        mean_dy, mean_dy_centred = (sums / count).view(2, *shape)
-        dx = (dy - mean_dy - centred * mean_dy_centred) * (weight * inverse_std).view(shape)
-        return dx.to(x.dtype), weight_gradient, bias_gradient, None
+        # What x owes through the statistics is affine in its normalised value.
+        scale = -weight * (variance + ctx.eps).rsqrt() / count
+        slope, offset = scale * sums
+        dx += functional.batch_norm(x, mean, variance, slope, offset, False, 0.0, ctx.eps)
+        return dx, weight_gradient, bias_gradient, None
+
+
+def _merged(
+    mean: torch.Tensor, variance: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, biased variance and count of the global batch from those of each rank."""
+    own = torch.cat([mean, variance, mean.new_tensor([count])])
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    if len(parts) == 1:
+        return mean, variance, own[-1]
+    dist.all_gather(parts, own)
+    means, variances, counts = torch.stack(parts).split([len(mean), len(mean), 1], 1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    return mean, ((variances + (means - mean) ** 2) * counts).sum(0) / total, total

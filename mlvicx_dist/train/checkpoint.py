@@ -178,6 +178,11 @@ def load_encoder(path: str | Path) -> Encoder:
     return Encoder.from_model(model, config.views.image_size_px).eval()
 
 
+def training_seed(path: Path) -> int:
+    """The seed of the run that a checkpoint comes from; 0 for an export, which does not tell."""
+    return 0 if path.is_dir() else settings_of(read_checkpoint(path), path).train.seed
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:

@@ -324,7 +324,7 @@ def _wrap(model: TwoViews, place: Place) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[place.device] if place.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
 

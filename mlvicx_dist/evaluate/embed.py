@@ -1,0 +1,203 @@
+"""Embeddings of shards by a frozen encoder: eval mode, whole images, each exactly once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from mlvicx_dist.errors import DataError, ResourceError, UserError
+from mlvicx_dist.model.encoder import Encoder
+from mlvicx_dist.progress import progress
+from mlvicx_dist.stream.loader import as_bytes
+from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.train.checkpoint import load_encoder
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embedded images and what is known of them.
+
+    Attributes:
+        features: One array for each encoder, float32 [n, F].
+        labels: [n, K], 0, 1 or NaN (unknown), by `classes`.
+        about: The allow-listed JSON of each image, with its `key`.
+    """
+
+    features: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    about: tuple[dict[str, Any], ...]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Which images are in a split, bool [n]."""
+        return np.array([one["split"] == split for one in self.about], dtype=bool)
+
+    def patients(self) -> np.ndarray:
+        """The patient of each image: source and key, since two sources may share keys."""
+        return np.array([f"{one['source']}/{one['patient']}" for one in self.about])
+
+
+class WholeImages(Dataset[tuple[np.ndarray, dict[str, Any]] | UserError]):
+    """Every image of a shard set, whole: aspect kept, padded to a square; no crop, no flip."""
+
+    def __init__(self, shards: ShardSet, size_px: int) -> None:
+        self.shards, self.size_px = shards, size_px
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, sample: int) -> tuple[np.ndarray, dict[str, Any]] | UserError:
+        try:
+            image = squared(as_bytes(self.shards.image(sample)), self.size_px)
+            return image, {"key": self.shards.key(sample), **json.loads(self.shards.json(sample))}
+        except UserError as error:
+            return error
+
+
+def squared(image: np.ndarray, size_px: int) -> np.ndarray:
+    """An image resized to fit a black square, uint8 [H, W] -> [size_px, size_px]."""
+    height, width = image.shape
+    scale = size_px / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    square = np.zeros((size_px, size_px), np.uint8)
+    top, left = (size_px - size[1]) // 2, (size_px - size[0]) // 2
+    square[top : top + size[1], left : left + size[0]] = resized
+    return square
+
+
+@torch.inference_mode()
+def embed_shards(
+    encoders: Sequence[Encoder],
+    folders: Sequence[str | Path],
+    *,
+    splits: Sequence[str] | None = None,
+    size_px: int | None = None,
+    batch_size: int = 64,
+    loader_workers: int = 1,
+    use_gpu: bool = False,
+) -> Embeddings:
+    """Embed the images of several shard folders, decoded once for all encoders.
+
+    Args:
+        encoders: Frozen encoders of one image size; they are put into eval mode.
+        folders: Shard folders; their classes are joined by name.
+        splits: Only these; None: all.
+        size_px: The size that images are shown at; None: that of the pretraining.
+        batch_size: Images a batch.
+        loader_workers: Loader processes.
+        use_gpu: Whether the encoders run on the GPU.
+
+    Raises:
+        DataError: a folder has no such split, or an image cannot be read.
+    """
+    device = _device(use_gpu)
+    encoders = [encoder.to(device).eval() for encoder in encoders]
+    shards = _open(folders, splits)
+    classes = tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
+    loader: DataLoader[Any] = DataLoader(
+        WholeImages(shards, size_px or encoders[0].image_size_px),
+        batch_size=batch_size,
+        num_workers=loader_workers,
+        collate_fn=list,
+    )
+    features: list[list[np.ndarray]] = [[] for _ in encoders]
+    about: list[dict[str, Any]] = []
+    with progress("embedding", len(shards), "images") as bar:
+        for items in loader:
+            for item in items:
+                if isinstance(item, UserError):
+                    raise item
+            images = torch.from_numpy(np.stack([image for image, _ in items]))[:, None].to(device)
+            for kept, encoder in zip(features, encoders, strict=True):
+                kept.append(encoder(images).float().cpu().numpy())
+            about += [one for _, one in items]
+            bar.advance(len(items))
+    labels = [[_label(one, name) for name in classes] for one in about]
+    return Embeddings(
+        tuple(np.concatenate(kept) for kept in features),
+        np.array(labels, dtype=np.float64).reshape(len(about), len(classes)),
+        classes,
+        tuple(about),
+    )
+
+
+def embed_to_parquet(
+    checkpoint: str | Path,
+    folders: Sequence[str],
+    out: str | Path,
+    *,
+    splits: Sequence[str] | None,
+    batch_size: int,
+    loader_workers: int,
+    use_gpu: bool,
+) -> tuple[int, int]:
+    """Embed shards with one encoder and write them; how many images and how many numbers each."""
+    embeddings = embed_shards(
+        [load_encoder(checkpoint)],
+        folders,
+        splits=splits,
+        batch_size=batch_size,
+        loader_workers=loader_workers,
+        use_gpu=use_gpu,
+    )
+    write_parquet(embeddings, Path(out))
+    count, width = embeddings.features[0].shape
+    return count, width
+
+
+def write_parquet(embeddings: Embeddings, path: Path) -> None:
+    """Write keys, what is known of each image, its labels and its embedding, whole or not at all.
+
+    Columns: key, patient, source, split, view, sex, age, `label_<class>`, embedding.
+    """
+    features = embeddings.features[0]
+    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
+    columns: dict[str, Any] = {
+        name: [one[name] for one in embeddings.about]
+        for name in ("key", "patient", "source", "split", "view", "sex", "age")
+    }
+    for k, name in enumerate(embeddings.classes):
+        columns[f"label_{name}"] = pa.array(
+            embeddings.labels[:, k], mask=np.isnan(embeddings.labels[:, k]), type=pa.float32()
+        )
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        pq.write_table(pa.table(columns), partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path}: the embeddings cannot be written ({error}); give a path in a folder that "
+            "exists and has room."
+        ) from None
+
+
+def _open(folders: Sequence[str | Path], splits: Sequence[str] | None) -> ShardSet:
+    if splits is None:
+        from mlvicx_dist.ingest.shards import read_manifest
+
+        splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
+    return ShardSet.open(folders, splits=splits)
+
+
+def _device(use_gpu: bool) -> torch.device:
+    if use_gpu and not torch.cuda.is_available():
+        raise ResourceError("use_gpu is set, but this machine has no GPU that PyTorch can use.")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def _label(one: dict[str, Any], name: str) -> float:
+    value = one["labels"].get(name)
+    return float("nan") if value is None else float(value)

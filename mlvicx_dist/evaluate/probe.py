@@ -1,0 +1,124 @@
+"""What frozen embeddings can tell: a multi-label logistic regression and nearest neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mlvicx_dist.config import Knn, Probe
+from mlvicx_dist.evaluate.metrics import auroc
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted probe: its weights on standardised embeddings, and how it was chosen."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    l2: float
+    validation_auroc: float
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Logits of every class, float64 [n, K]."""
+        x = (torch.from_numpy(features).double() - self.mean) / self.std
+        return (x @ self.weight + self.bias).numpy()
+
+
+def fit_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    validation: tuple[np.ndarray, np.ndarray],
+    settings: Probe,
+) -> Fitted:
+    """Fit on the training images, and choose the penalty by mean AUROC on the validation images.
+
+    Args:
+        features: Embeddings of the training images, [n, F].
+        labels: Their labels, [n, K], 0, 1 or NaN (masked).
+        validation: Embeddings and labels of other patients.
+        settings: Penalties and the most iterations.
+    """
+    x = torch.from_numpy(features).double()
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-9)
+    x = (x - mean) / std
+    best: Fitted | None = None
+    start = torch.zeros(x.shape[1] + 1, labels.shape[1], dtype=torch.float64)
+    # From the strongest penalty down: each start is near its end.
+    for l2 in sorted(settings.l2, reverse=True):
+        start = _minimise(x, torch.from_numpy(labels).double(), l2, start, settings.max_iterations)
+        fitted = Fitted(mean, std, start[:-1], start[-1], l2, 0.0)
+        area = mean_auroc(fitted.scores(validation[0]), validation[1])
+        if best is None or area > best.validation_auroc:
+            best = Fitted(mean, std, start[:-1], start[-1], l2, area)
+    assert best is not None
+    return best
+
+
+def _minimise(
+    x: torch.Tensor, labels: torch.Tensor, l2: float, start: torch.Tensor, iterations: int
+) -> torch.Tensor:
+    """Mean masked cross-entropy + l2 / 2 ||w||^2 by L-BFGS; the bias is free. [F + 1, K]."""
+    known = ~labels.isnan()
+    targets = labels.nan_to_num()
+    counts = known.sum(0).clamp_min(1)
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=iterations,
+        history_size=20,
+        tolerance_grad=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = x @ weights[:-1] + weights[-1]
+        each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        loss = ((each * known).sum(0) / counts).sum() + l2 / 2 * weights[:-1].square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def knn_scores(
+    features: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, settings: Knn
+) -> np.ndarray:
+    """The share of positives among the nearest training images, weighted by cosine similarity.
+
+    Args:
+        features: Embeddings of the training images, [n, F].
+        labels: Their labels, [n, K]; NaN has no vote.
+        queries: Embeddings to score, [m, F].
+        settings: How many neighbours.
+
+    Returns:
+        Scores, float64 [m, K].
+    """
+    x, y = torch.from_numpy(features).double(), torch.from_numpy(labels).double()
+    mean = x.mean(0)
+    bank = functional.normalize(x - mean, dim=1)
+    scores = []
+    for part in torch.from_numpy(queries).double().split(1024):
+        near = (functional.normalize(part - mean, dim=1) @ bank.T).topk(
+            min(settings.neighbours, len(bank)), dim=1
+        )
+        votes = y[near.indices]
+        # Cosine lies in [-1, 1]: shifted, so that no vote counts against its label.
+        weights = (1 + near.values)[:, :, None] * ~votes.isnan()
+        scores.append((weights * votes.nan_to_num()).sum(1) / weights.sum(1).clamp_min(1e-12))
+    return torch.cat(scores).numpy()
+
+
+def mean_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the classes that have both labels."""
+    areas = [auroc(scores[:, k], labels[:, k]) for k in range(labels.shape[1])]
+    defined = [area for area in areas if not np.isnan(area)]
+    return float(np.mean(defined)) if defined else float("nan")

@@ -1,0 +1,101 @@
+"""The loss of the global batch: W processes equal one (DESIGN 3.4)."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlvicx_dist.config import LocalHead, Loss, Model, Projector
+from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.global_batch import (
+    convert_batch_norm,
+    ddp_scale,
+    global_terms,
+    weighted_loss,
+)
+from mlvicx_dist.train.loop import TwoViews
+
+BATCH, STEPS = 7, 10
+SHARES = {1: [7], 2: [5, 2], 3: [3, 1, 3]}
+SETTINGS = Model(
+    backbone="test_resnet",
+    local=LocalHead(resize_px=8, channels=4, pool=2),
+    projector=Projector(width=12),
+)
+
+
+def train(world_size: int, rank: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Ten steps in float64; the losses, and the weights and first gradients of the model."""
+    torch.set_num_threads(1)
+    model = build_model(SETTINGS, 0).double()
+    if world_size > 1:
+        convert_batch_norm(model, torch.device("cpu"))
+    module: nn.Module = TwoViews(model)
+    if world_size > 1:
+        module = DistributedDataParallel(module, forward_sync_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    shares = SHARES[world_size]
+    start = sum(shares[:rank])
+    losses, found = [], {}
+    for step in range(STEPS):
+        views = torch.randn(2, BATCH, 1, 32, 32, generator=generator, dtype=torch.float64)
+        mine = views[:, start : start + shares[rank]]
+        first, second, _ = module(mine[0], mine[1])
+        loss = weighted_loss(global_terms(first, second), Loss())
+        optimizer.zero_grad()
+        (loss * ddp_scale()).backward()
+        if step == 0:
+            found = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, found | {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def worker(rank: int, world_size: int, port: int, path: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    result = train(world_size, rank)
+    if rank == world_size - 1:
+        torch.save(result, path)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(1, 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_many_processes_with_unequal_shares_equal_one(alone, world_size, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = str(tmp_path / "result.pt")
+    mp.spawn(worker, (world_size, port, path), nprocs=world_size)
+    losses, found = torch.load(path)
+    expected_losses, expected = alone
+    assert losses[0] == pytest.approx(expected_losses[0], rel=1e-12)
+    assert losses == pytest.approx(expected_losses, rel=1e-9)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = 1e-11 if name.startswith("grad") else 1e-9
+        scale = value.abs().max().clamp_min(1e-3)
+        assert (found[name] - value).abs().max() <= tolerance * scale, name
+
+
+def test_lambda_weighs_the_mean_of_the_local_terms():
+    embeddings = {
+        name: torch.randn(8, 6, dtype=torch.float64) for name in ("global", "level1", "level3")
+    }
+    other = {name: torch.randn(8, 6, dtype=torch.float64) for name in embeddings}
+    terms = global_terms(embeddings, other)
+    vic = {n: 25 * t.invariance + 25 * t.variance + t.covariance for n, t in terms.items()}
+    expected = vic["global"] + 0.5 * (vic["level1"] + vic["level3"]) / 2
+    found = weighted_loss(terms, Loss(lambda_local=0.5))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-14)
