@@ -1,4 +1,4 @@
-"""Self-supervised pretraining of chest X-ray encoders at cluster scale (MLVICX, arXiv 2403.11504)."""
+"""Self-supervised pretraining of chest X-ray encoders at cluster scale (MLVICX)."""
 
 from __future__ import annotations
 

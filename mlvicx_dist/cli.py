@@ -27,7 +27,7 @@ class Answer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit codes are 0 done, 1 failed, 2 the user's error, 3 too many refused."""
+    """Run a command; its exit code is 0 done, 1 failed, 2 the user's error, 3 files refused."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(handler=handler)
         return added
 
-    add = command("demo", _demo, "phantoms -> shards -> pretrain -> probe -> report; no data, no GPU")
+    add = command(
+        "demo", _demo, "phantoms -> shards -> pretrain -> probe -> report; no data, no GPU"
+    )
     add.add_argument("--out", default="demo", help="folder of the demo (default: %(default)s)")
 
     add = command("pretrain", _pretrain, "pretrain an encoder; the same command again resumes")
@@ -186,12 +188,14 @@ def _export(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.export import export
 
     folder = export(options.checkpoint, options.out)
-    return Answer({"export": str(folder)}, [f"{folder}: encoder.safetensors, config.json, README.md"])
+    return Answer(
+        {"export": str(folder)}, [f"{folder}: encoder.safetensors, config.json, README.md"]
+    )
 
 
 def _verify(options: argparse.Namespace) -> Answer:
-    from mlvicx_dist.ingest.verify import verify
     from mlvicx_dist.ingest.shards import read_manifest
+    from mlvicx_dist.ingest.verify import verify
     from mlvicx_dist.progress import progress
 
     manifest = read_manifest(options.shards)
@@ -209,7 +213,9 @@ def _inspect(options: argparse.Namespace) -> Answer:
     views = load_as(PretrainConfig, options.config).views if options.config else Views()
     sheet = contact_sheet(options.shards, views, count=options.count, seed=options.seed)
     sheet.save(Path(options.out))
-    return Answer({"sheet": options.out}, [f"{options.out}: {options.count} images, each with its two views."])
+    return Answer(
+        {"sheet": options.out}, [f"{options.out}: {options.count} images, each with its two views."]
+    )
 
 
 if __name__ == "__main__":

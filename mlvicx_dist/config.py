@@ -47,7 +47,7 @@ class PretrainData(Settings):
 
 
 class Views(Settings):
-    """The two augmented views (DESIGN 4.1); a pair of numbers is (view 1, view 2) or (low, high)."""
+    """The two views (DESIGN 4.1); a pair of numbers is (view 1, view 2) or (low, high)."""
 
     image_size_px: Annotated[int, Field(ge=16, le=2048)] = 224
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
@@ -221,9 +221,7 @@ class Embedding(Settings):
 class Probe(Settings):
     """Multi-label logistic regression on standardised embeddings."""
 
-    l2: list[Positive] = Field(
-        default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1
-    )
+    l2: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)
     """Penalties tried; the one with the best mean AUROC on the validation split is taken."""
     max_iterations: Count = 200
 
@@ -351,9 +349,7 @@ def parse_config(tree: dict[str, Any], name: str) -> Config:
         raise ConfigError(_sentence(error, name, KINDS[kind])) from None
 
 
-def load_as(
-    kind: type[C], path: str | Path, overrides: Sequence[str] = ()
-) -> C:
+def load_as(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """`load_config` for a command that needs one kind of file."""
     config = load_config(path, overrides)
     if not isinstance(config, kind):
@@ -428,7 +424,11 @@ def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:
 def _is_branch(part: str) -> bool:
     """Whether pydantic added this to a location to say which member of a union it tried."""
     return any(mark in part for mark in ("[", "literal", "constrained")) or part in (
-        "int", "str", "float", "tuple", "list",
+        "int",
+        "str",
+        "float",
+        "tuple",
+        "list",
     )
 
 
@@ -471,4 +471,4 @@ def _model_at(root: type[Settings], parts: Sequence[int | str]) -> type[Settings
             return None
         if model is None:
             return None
-    return model  # type: ignore[no-any-return]
+    return model

@@ -37,7 +37,7 @@ class TrainingError(UserError):
     exit_code = 1
 
 
-class TooManyRefused(UserError):
+class TooManyRefusedError(UserError):
     """More input files were refused than the user allows."""
 
     exit_code = 3

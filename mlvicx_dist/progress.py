@@ -24,6 +24,10 @@ class Progress:
         self.done += count
         self._show(note)
 
+    def say(self, line: str) -> None:
+        """Something that must be seen now, whatever the bar shows."""
+        print(line, file=sys.stderr, flush=True)
+
     def skip(self, count: int) -> None:
         """Count what an earlier run did: done, but not in the rate."""
         self.done += count
@@ -35,13 +39,14 @@ class Progress:
         rate = (self.done - self._skipped) / elapsed
         left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
         tail = f", {note}" if note else ""
-        return f"{self.title} {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{tail}"
+        speed = f"{rate:.3g} {self.unit}/s{left}{tail}"
+        return f"{self.title} {self.done}/{self.total} {self.unit}, {speed}"
 
     def _show(self, note: str) -> None:
         now = time.monotonic()
         if now - self._last >= PLAIN_EVERY_S:
             self._last = now
-            print(self.line(note), file=sys.stderr, flush=True)  # noqa: T201
+            print(self.line(note), file=sys.stderr, flush=True)
 
 
 class _Bar(Progress):
@@ -54,14 +59,19 @@ class _Bar(Progress):
 
         super().__init__(title, total, unit)
         self._rich = RichProgress(
-            BarColumn(), TextColumn("{task.description}"),
-            console=Console(stderr=True), transient=True,
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            transient=True,
         )
         self._task = self._rich.add_task(title, total=total)
         self._rich.start()
 
     def _show(self, note: str) -> None:
         self._rich.update(self._task, completed=self.done, description=self.line(note))
+
+    def say(self, line: str) -> None:
+        self._rich.console.print(line)
 
     def stop(self) -> None:
         self._rich.stop()

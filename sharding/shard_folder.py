@@ -1,7 +1,7 @@
 """Pack any folder of radiographs (images or DICOM) into WebDataset shards.
 
-    python sharding/shard_folder.py --source FOLDER --out shards/mine
-    python sharding/shard_folder.py --source FOLDER --csv labels.csv --out shards/mine
+python sharding/shard_folder.py --source FOLDER --out shards/mine
+python sharding/shard_folder.py --source FOLDER --csv labels.csv --out shards/mine
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{column}-column", default=column, metavar="NAME", help="(%(default)s)")
     add("--classes", help="class names in order, joined by commas (default: all, sorted)")
     add("--unknown", metavar="CELL", help="the labels cell of an image without labels")
-    add("--where", action="append", default=[], metavar="COLUMN=PATTERN",
-        help="take only such rows, as in 'file=images/nih_*'; may be repeated")
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=PATTERN",
+        help="take only such rows, as in 'file=images/nih_*'; may be repeated",
+    )
 
 
 def list_records(options: argparse.Namespace):  # type: ignore[no-untyped-def]

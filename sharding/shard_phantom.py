@@ -1,6 +1,6 @@
 """Draw phantom radiographs (no data needed) and pack them into WebDataset shards.
 
-    python sharding/shard_phantom.py --count 1000 --out shards/phantom
+python sharding/shard_phantom.py --count 1000 --out shards/phantom
 """
 
 from __future__ import annotations

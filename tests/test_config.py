@@ -36,8 +36,12 @@ def test_numbers_with_an_exponent_are_numbers(file):
 def test_overrides_reach_lists_and_make_sections(file):
     config = load_config(
         file,
-        ["data.shards.0.weight=2.5", "loss.global.variance=1e1", "model.levels=[1, 3]",
-         "run.name=other"],
+        [
+            "data.shards.0.weight=2.5",
+            "loss.global.variance=1e1",
+            "model.levels=[1, 3]",
+            "run.name=other",
+        ],
     )
     assert config.data.shards[0].weight == 2.5
     assert config.loss.global_.variance == 10
@@ -89,7 +93,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, words):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nothere.yaml"):
+    with pytest.raises(ConfigError, match=r"nothere\.yaml"):
         load_config(tmp_path / "nothere.yaml")
 
 

@@ -181,7 +181,9 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         count = result["positives"].get(name, "")
         lines.append(f"{name:24} {count:>9}  {words[0]:>22}  {words[1]:>22}  {words[2]:>24}")
     knn = [result["knn"][kind]["mean"]["value"] for kind in ENCODERS]
-    lines.append(f"Nearest neighbours, mean AUROC: {knn[0]:.3f} pretrained, {knn[1]:.3f} untrained.")
+    lines.append(
+        f"Nearest neighbours, mean AUROC: {knn[0]:.3f} pretrained, {knn[1]:.3f} untrained."
+    )
     lines += [f"Left out: {name} ({why})." for name, why in result["left_out"].items()]
     return lines
 

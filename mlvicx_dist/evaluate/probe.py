@@ -81,7 +81,7 @@ def _minimise(
         logits = x @ weights[:-1] + weights[-1]
         each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         loss = ((each * known).sum(0) / counts).sum() + l2 / 2 * weights[:-1].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(closure)

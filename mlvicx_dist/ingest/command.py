@@ -1,4 +1,4 @@
-"""The command line that all sharding scripts share: parse, list the images, pack, say what was done.
+"""The command line that all sharding scripts share: parse, list the images, pack, report.
 
 Heavy imports stay inside the functions, so that `--help` answers at once.
 """
@@ -129,8 +129,12 @@ def _lines(document: dict[str, object]) -> list[str]:
     assert isinstance(splits, dict) and isinstance(refused, dict)
     counts = ", ".join(f"{split} {count}" for split, count in splits.items())
     megabytes = int(str(document["bytes"])) / 1e6
-    what = "was packed before" if document["already_packed"] else (
-        f"{document['written']} shards written, {document['kept']} kept from an earlier start"
+    what = (
+        "was packed before"
+        if document["already_packed"]
+        else (
+            f"{document['written']} shards written, {document['kept']} kept from an earlier start"
+        )
     )
     lines = [f"{out}: {counts} images, {megabytes:.1f} MB in {document['shards']} shards; {what}."]
     if refused:

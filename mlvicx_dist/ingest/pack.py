@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlvicx_dist
-from mlvicx_dist.errors import DataError, TooManyRefused
+from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest.pixels import Format, store
 from mlvicx_dist.ingest.record import Record, patient_key, salt_digest, sample_json, sample_key
 from mlvicx_dist.ingest.refused import Refused
@@ -109,7 +109,7 @@ def pack(
 
     Raises:
         DataError: nothing to pack, another packing in the folder, no space, no rights.
-        TooManyRefused: more files than `max_refused` cannot be read; no manifest is written.
+        TooManyRefusedError: more files than `max_refused` cannot be read; no manifest is written.
     """
     tasks = plan(records, out, settings=settings, salt=salt)
     digest = _digest(tasks)
@@ -130,7 +130,7 @@ def pack(
         refused = tuple(tuple(row) for task in tasks for row in done[task.name]["refused"])
         _write_refused(out / REFUSED, refused)
         if len(refused) > max_refused * len(records):
-            raise TooManyRefused(
+            raise TooManyRefusedError(
                 f"{out}: {len(refused)} of {len(records)} files cannot be packed "
                 f"({_words(refused)}); see {out / REFUSED}, and mend them or allow more with "
                 "--max-refused."
@@ -280,9 +280,7 @@ def _note(notes: Path, task: ShardTask) -> dict[str, Any] | None:
     return note if same else None
 
 
-def _manifest(
-    tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], digest: str
-) -> Manifest:
+def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], digest: str) -> Manifest:
     shards = tuple(ShardInfo(**done[task.name]["shard"]) for task in tasks)
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()

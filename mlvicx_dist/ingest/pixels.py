@@ -82,7 +82,7 @@ def read_image(path: Path, *, bits: int = 8) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Refused("size", f"{image.width} x {image.height} pixels are too many")
                 if getattr(image, "n_frames", 1) > 1:
-                    raise Refused("multi-frame", f"{image.n_frames} frames")
+                    raise Refused("multi-frame", f"{getattr(image, 'n_frames', 1)} frames")
                 return _grey(ImageOps.exif_transpose(image), bits)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Refused("size", str(error).split(",")[0]) from None
@@ -109,7 +109,7 @@ def _grey(image: Image.Image, bits: int) -> Image.Image:
 
 
 def difference_hash(image: Image.Image) -> str:
-    """dHash: which of two neighbours is brighter, over a 9 x 8 thumbnail; 64 bits in hexadecimal."""
+    """dHash: which of two neighbours is brighter in a 9 x 8 thumbnail; 16 hexadecimal digits."""
     small = np.asarray(image.resize((9, 8), Image.Resampling.BOX), dtype=np.float32)
     bits = np.packbits(small[:, 1:] > small[:, :-1])
     return bits.tobytes().hex()

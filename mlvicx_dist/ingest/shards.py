@@ -28,17 +28,15 @@ MANIFEST = "manifest.json"
 MAX_PIXELS = 64_000_000
 """A larger image is taken for an attack on memory."""
 IMAGE_SUFFIXES = ("jpg", "png")
-INDEX_DTYPE = np.dtype(
-    [
-        ("key", "S32"),
-        ("image_offset", "<i8"),
-        ("image_size", "<i8"),
-        ("json_offset", "<i8"),
-        ("json_size", "<i8"),
-        ("mask_offset", "<i8"),
-        ("mask_size", "<i8"),
-    ]
+NUMBERS = (
+    "image_offset",
+    "image_size",
+    "json_offset",
+    "json_size",
+    "mask_offset",
+    "mask_size",
 )
+INDEX_DTYPE = np.dtype([("key", "S32"), *((name, "<i8") for name in NUMBERS)])
 """One row a sample; the mask's numbers are 0 where there is none."""
 
 
@@ -133,7 +131,7 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> int:
-    """Write samples (`__key__`, `jpg` or `png`, `json`) as a tar and its index; how many there were.
+    """Write samples (`__key__`, `jpg` or `png`, `json`) as a tar and its index; their number.
 
     The tar appears whole or not at all, its index before it; its bytes depend on the samples alone.
     """
@@ -183,7 +181,7 @@ def build_index(shard: Path) -> np.ndarray:
     for place, (key, row) in enumerate(rows.items()):
         if "image_offset" not in row or "json_offset" not in row:
             raise DataError(f"{shard}: the sample {key} has no image or no JSON")
-        index[place] = (key, *(row.get(name, 0) for name in INDEX_DTYPE.names[1:]))
+        index[place] = (key, *(row.get(name, 0) for name in NUMBERS))
     return index
 
 

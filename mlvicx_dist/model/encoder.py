@@ -139,7 +139,7 @@ def save_export(encoder: Encoder, folder: Path, evidence: dict[str, Any]) -> Non
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{folder}: the export cannot be written ({error}); free space or choose another folder."
+            f"{folder}: the export cannot be written ({error}); free space or choose another one."
         ) from None
 
 

@@ -42,9 +42,7 @@ class LocalHead(nn.Module):
     first forward, where no optimizer saw them (DESIGN 4.2).
     """
 
-    def __init__(
-        self, settings: LocalSettings, channels: Sequence[int], *, trained: bool
-    ) -> None:
+    def __init__(self, settings: LocalSettings, channels: Sequence[int], *, trained: bool) -> None:
         super().__init__()
         self.settings = settings
         self.features = settings.channels * settings.pool**2

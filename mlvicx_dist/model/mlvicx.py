@@ -26,8 +26,10 @@ class MLVICX(nn.Module):
             settings.local, chosen, trained=settings.level_convs == "trained"
         )
         self.local_projectors = nn.ModuleDict(
-            {name: projector(settings.projector, self.local_head.features)
-             for name in self.local_names}
+            {
+                name: projector(settings.projector, self.local_head.features)
+                for name in self.local_names
+            }
         )
 
     def forward(self, view: torch.Tensor) -> dict[str, torch.Tensor]:

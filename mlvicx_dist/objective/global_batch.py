@@ -73,8 +73,7 @@ def global_terms(
         wide = [x if x.dtype == torch.float64 else x.float() for x in pieces]
         pieces = list(gather_batch(torch.cat(wide, 1)).split([x.shape[1] for x in wide], 1))
     return {
-        name: vic_terms(a, b)
-        for name, a, b in zip(names, pieces[::2], pieces[1::2], strict=True)
+        name: vic_terms(a, b) for name, a, b in zip(names, pieces[::2], pieces[1::2], strict=True)
     }
 
 
@@ -106,12 +105,13 @@ def convert_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         return converted
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _GlobalStatistics):
-            module.__class__ = _extended(type(module))
+            kind: Any = type(module)
+            module.__class__ = _extended(kind)
     return model
 
 
 @cache
-def _extended(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+def _extended(kind: Any) -> Any:
     return type(f"Global{kind.__name__}", (_GlobalStatistics, kind), {})
 
 
@@ -167,7 +167,15 @@ class _GlobalNorm(torch.autograd.Function):
         x, weight, mean, variance, count = ctx.saved_tensors
         # As if the statistics were constants: dx = dy w / std, and the sums of dy and dy (x-m)/std.
         dx, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
-            gradients[0].contiguous(), x, weight, mean, variance, None, None, False, ctx.eps,
+            gradients[0].contiguous(),
+            x,
+            weight,
+            mean,
+            variance,
+            None,
+            None,
+            False,
+            ctx.eps,
             [True, True, True],
         )
         sums = torch.stack([weight_gradient, bias_gradient])

@@ -53,9 +53,7 @@ def two_views(
     return crops, table
 
 
-def crop_box(
-    height: int, width: int, views: Views, draws: np.ndarray
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, views: Views, draws: np.ndarray) -> tuple[int, int, int, int]:
     """Random resized crop: the first of ten tries that fits, else the largest centred one.
 
     Args:
@@ -106,9 +104,9 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
     Returns:
         Views in [0, 1], float [B, 1, S, S].
     """
-    factor1, contrast1, factor2, contrast2, sigma, solarise = (
-        table.to(images.dtype)[:, :, None, None, None].unbind(1)
-    )
+    factor1, contrast1, factor2, contrast2, sigma, solarise = table.to(images.dtype)[
+        :, :, None, None, None
+    ].unbind(1)
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
         mean = images.mean((2, 3), keepdim=True)
         # Contrast blends with the image's mean, brightness with black.

@@ -13,7 +13,7 @@ SHARDS, SAMPLES, VIEWS = 0, 1, 2
 
 
 def raw(count: int, *, seed: int, epoch: int, purpose: int, item: int, part: int = 0) -> np.ndarray:
-    """`count` uniform 64-bit integers for one (seed, epoch, purpose, item, part), uint64 [count]."""
+    """`count` uniform 64-bit integers of one stream, uint64 [count]."""
     # Philox counts up in the first word; the other three name the stream.
     bits = np.random.Philox(key=[seed, epoch], counter=[0, item, part, purpose])
     return bits.random_raw(count)

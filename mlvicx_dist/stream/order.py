@@ -126,7 +126,7 @@ def _shares(shard_sizes: Sequence[int], weights: Sequence[float] | None) -> np.n
     return np.asarray(weights, dtype=np.float64) / max(weights)
 
 
-def _total(sizes: Sequence[int], shares: np.ndarray) -> int:
+def _total(sizes: Sequence[int] | np.ndarray, shares: np.ndarray) -> int:
     return math.floor(math.fsum(np.asarray(sizes) * shares) + 1e-6)
 
 

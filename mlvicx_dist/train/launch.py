@@ -6,11 +6,9 @@ run's fingerprint and its lock. Ray owns processes and restarts; the loop owns t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from mlvicx_dist.errors import CheckpointError, DataError, ResourceError, Traini
 from mlvicx_dist.progress import progress
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import digest, find_weights, newest_checkpoint
+from mlvicx_dist.train.checkpoint import digest, find_weights
 from mlvicx_dist.train.versions import library_versions, machine
 
 log = logging.getLogger(__name__)
@@ -261,11 +259,7 @@ class _Shown:
 
     def __call__(self, row: dict[str, Any]) -> None:
         if "died" in row:
-            print(
-                f"{row['died']}; going on from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._bar.say(f"{row['died']}; going on from the newest checkpoint")
             return
         if self._step == 0 and row["resumed"]:
             self._step = self.resumed = int(row["resumed"])

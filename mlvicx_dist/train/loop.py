@@ -157,7 +157,7 @@ def train_step(
     rate: float,
     config: PretrainConfig,
     place: Place,
-) -> tuple[Row | dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One optimizer step; answers with its terms, scalars by name, and view 1's representation."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -309,9 +309,7 @@ def _model(config: PretrainConfig, place: Place) -> MLVICX:
                 f"{config.train.init_from}: its backbone is {source.settings.backbone}, but "
                 f"model.backbone is {config.model.backbone}; make the two agree."
             )
-        load_strictly(
-            model.encoder, source.backbone.state_dict(), where=config.train.init_from
-        )
+        load_strictly(model.encoder, source.backbone.state_dict(), where=config.train.init_from)
     if place.world_size > 1:
         convert_batch_norm(model, place.device)
     return model.to(place.device)
@@ -329,9 +327,7 @@ def _wrap(model: TwoViews, place: Place) -> nn.Module:
     )
 
 
-def _resume(
-    run_dir: Path, model: MLVICX, optimizer: torch.optim.Optimizer, place: Place
-) -> int:
+def _resume(run_dir: Path, model: MLVICX, optimizer: torch.optim.Optimizer, place: Place) -> int:
     """Load the newest whole checkpoint, the same one on every rank; its step, or 0."""
     found = [newest_checkpoint(run_dir) if place.rank == 0 else None]
     if place.world_size > 1:

@@ -58,7 +58,7 @@ class Lars(Optimizer):
 def _adapted(
     gradients: list[Any], params: list[torch.Tensor], weight_decay: float
 ) -> list[torch.Tensor]:
-    """d = (g + wd p) * 0.001 ||p|| / ||g + wd p||."""
+    """D = (g + wd p) * 0.001 ||p|| / ||g + wd p||."""
     updates = list(torch._foreach_add(gradients, params, alpha=weight_decay))
     weights = torch.stack(torch._foreach_norm(params))
     lengths = torch.stack(torch._foreach_norm(updates))

@@ -29,7 +29,9 @@ class Forward(UserCallback):
     def __init__(self, channel: Path) -> None:
         self.channel = channel
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         """Append rank 0's row to the channel."""
         self._put(metrics[0])
 
@@ -63,7 +65,9 @@ def user_error(error: BaseException | None) -> UserError | None:
         seen.add(id(current))
         if isinstance(current, UserError):
             return current
-        inner = [getattr(current, name, None) for name in ("controller_failure", "_base_exc", "cause")]
+        inner = [
+            getattr(current, name, None) for name in ("controller_failure", "_base_exc", "cause")
+        ]
         inner += [*getattr(current, "worker_failures", {}).values()]
         queue += [e for e in (*inner, current.__cause__) if isinstance(e, BaseException)]
     return None

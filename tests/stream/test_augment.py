@@ -53,8 +53,13 @@ def test_an_image_that_no_crop_fits_is_cropped_in_the_middle():
 
 
 def test_a_whole_image_view_is_torchvisions_resize(image):
-    views = Views(image_size_px=32, blur_kernel_px=9, crop_scale=(1, 1),
-                  crop_ratio=(50 / 70, 50 / 70), flip_p=0)
+    views = Views(
+        image_size_px=32,
+        blur_kernel_px=9,
+        crop_scale=(1, 1),
+        crop_ratio=(50 / 70, 50 / 70),
+        flip_p=0,
+    )
     crops, _ = two_views(image, views, seed=0, epoch=0, sample=0)
     expected = tv.resize(torch.from_numpy(image)[None], [32, 32], v2.InterpolationMode.BICUBIC)
     difference = crops[0].astype(int) - expected.numpy().astype(int)
@@ -65,8 +70,9 @@ def test_a_whole_image_view_is_torchvisions_resize(image):
 def test_probabilities_are_kept():
     rng = np.random.default_rng(2)
     views = Views(jitter_p=0.8, blur_p=(1.0, 0.1), solarise_p=(0.0, 0.2))
-    rows = np.array([[photometric_row(views, v, rng.random(7)) for v in (0, 1)]
-                     for _ in range(4000)])
+    rows = np.array(
+        [[photometric_row(views, v, rng.random(7)) for v in (0, 1)] for _ in range(4000)]
+    )
     jittered = (rows[:, :, 0] != 1).mean()
     assert abs(jittered - 0.8) < 0.03
     assert (rows[:, 0, 4] > 0).all()

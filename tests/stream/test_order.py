@@ -29,8 +29,11 @@ def test_each_sample_at_most_once_and_the_exact_count(shard_sizes, batch, seed, 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.25, 1.0, 3.0])), min_size=1,
-             max_size=12),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.25, 1.0, 3.0])),
+        min_size=1,
+        max_size=12,
+    ),
     st.integers(1, 5),
     st.integers(0, 20),
 )

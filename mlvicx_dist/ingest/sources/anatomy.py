@@ -39,7 +39,14 @@ class _Chest:
     texture: np.ndarray = field(init=False)
 
     def ellipse(
-        self, x: float, y: float, width: float, height: float, *, edge: float = 0.05, power: float = 2
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        edge: float = 0.05,
+        power: float = 2,
     ) -> np.ndarray:
         """1 inside a soft-edged (super)ellipse, 0 outside."""
         radius = np.abs((self.x - x) / width) ** power + np.abs((self.y - y) / height) ** power
@@ -165,8 +172,8 @@ def _nodule(chest: _Chest, severity: float) -> None:
     rng = chest.rng
     for _ in range(rng.integers(1, 4)):
         x = rng.choice((-1, 1)) * rng.uniform(0.27, 0.58)
-        y, radius = rng.uniform(-0.5, 0.3), rng.uniform(0.035, 0.05) + 0.035 * severity
-        chest.thickness += (0.16 + 0.16 * severity) * chest.ellipse(x, y, radius, radius, edge=0.3)
+        y, radius = rng.uniform(-0.5, 0.3), rng.uniform(0.05, 0.065) + 0.035 * severity
+        chest.thickness += (0.22 + 0.2 * severity) * chest.ellipse(x, y, radius, radius, edge=0.3)
 
 
 def _pneumothorax(chest: _Chest, severity: float) -> None:
@@ -185,10 +192,13 @@ def _consolidation(chest: _Chest, severity: float) -> None:
     """A patch of filled air spaces with a cloudy edge."""
     rng = chest.rng
     x, y = rng.choice((-1, 1)) * rng.uniform(0.28, 0.5), rng.uniform(-0.4, 0.3)
-    width, height = rng.uniform(0.12, 0.18) + 0.1 * severity, rng.uniform(0.12, 0.18) + 0.1 * severity
+    width, height = (
+        rng.uniform(0.12, 0.18) + 0.1 * severity,
+        rng.uniform(0.12, 0.18) + 0.1 * severity,
+    )
     patch = chest.ellipse(x, y, width, height, edge=0.5)
     cloud = np.clip(0.6 + 0.5 * chest.noise(14), 0, 1.5)
-    chest.thickness += (0.14 + 0.2 * severity) * patch * cloud * chest.lungs
+    chest.thickness += (0.2 + 0.24 * severity) * patch * cloud * chest.lungs
 
 
 _FINDINGS = {
@@ -203,9 +213,10 @@ def _film(chest: _Chest, size_px: int) -> np.ndarray:
     """Exposure, scatter, noise, characteristic curve, marker and collimation; uint16 [H, W]."""
     rng = chest.rng
     thickness = chest.thickness + 0.06 * chest.noise(3)
-    grain = rng.uniform(0.01, 0.05) * np.exp(0.5 * thickness)
+    grain = rng.uniform(0.01, 0.03) * np.exp(0.5 * thickness)
     thickness = thickness + grain * (
-        0.8 * rng.standard_normal(thickness.shape, dtype=np.float32) + 0.4 * chest.noise(size_px // 3)
+        0.8 * rng.standard_normal(thickness.shape, dtype=np.float32)
+        + 0.4 * chest.noise(size_px // 3)
     )
     centre, width = rng.uniform(0.55, 0.95), rng.uniform(0.22, 0.42)
     film = 1 / (1 + np.exp(-(thickness - centre) / width))

@@ -1,0 +1,71 @@
+"""A contact sheet: stored images and the two views that training would see of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from mlvicx_dist.config import Views
+from mlvicx_dist.evaluate.embed import squared
+from mlvicx_dist.ingest.shards import read_manifest
+from mlvicx_dist.stream import keyed
+from mlvicx_dist.stream.augment import photometrics, two_views
+from mlvicx_dist.stream.loader import as_bytes
+from mlvicx_dist.stream.shardset import ShardSet
+
+CELL_PX, GAP_PX, CAPTION_PX = 160, 6, 18
+BACKGROUND, TEXT = (17, 20, 24), (198, 205, 213)
+
+
+def contact_sheet(
+    folders: Sequence[str | Path], views: Views, *, count: int, seed: int = 0
+) -> Image.Image:
+    """Images drawn at random, each beside its two views, with its labels and nothing else of it.
+
+    Args:
+        folders: Shard folders.
+        views: How the views are made.
+        count: Images shown.
+        seed: Of the choice and of the views.
+
+    Returns:
+        An RGB picture, two images a row.
+    """
+    splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
+    shards = ShardSet.open(folders, splits=splits)
+    chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    width, height = 3 * CELL_PX + 3 * GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
+    sheet = Image.new("RGB", (columns * (width + GAP_PX), rows * height + GAP_PX), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for place, sample in enumerate(chosen.tolist()):
+        left = GAP_PX + place % columns * (width + GAP_PX)
+        top = GAP_PX + place // columns * height
+        image = as_bytes(shards.image(sample))
+        cells = [squared(image, CELL_PX), *_views(image, views, seed, sample)]
+        for number, cell in enumerate(cells):
+            picture = Image.fromarray(cell).resize((CELL_PX, CELL_PX), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left + number * (CELL_PX + GAP_PX), top))
+        draw.text((left, top + CELL_PX + 2), _caption(shards.json(sample)), fill=TEXT)
+    return sheet
+
+
+def _views(image: np.ndarray, views: Views, seed: int, sample: int) -> list[np.ndarray]:
+    crops, table = two_views(image, views, seed=seed, epoch=0, sample=sample)
+    scaled = torch.from_numpy(crops) / 255
+    seen = photometrics(scaled, torch.from_numpy(table), kernel_px=views.blur_kernel_px)
+    return list((seen[:, 0] * 255).round().byte().numpy())
+
+
+def _caption(data: bytes) -> str:
+    known = json.loads(data)
+    present = [name for name, value in known["labels"].items() if value]
+    unknown = known["labels"] and all(value is None for value in known["labels"].values())
+    words = ", ".join(present) or ("unlabelled" if unknown else "no finding")
+    return f"{words} | {known['split']} | image, view 1, view 2"
