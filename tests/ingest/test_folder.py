@@ -1,0 +1,88 @@
+"""The folder source: classes from subfolders, or a CSV, and a sentence for each mistake."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.sources.folder import Columns, list_csv, list_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("NORMAL/a.png", "NORMAL/person1_b.png", "SICK/person1_c.jpeg", "loose.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(path)
+    (tmp_path / "SICK" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_a_subfolder_is_a_class_and_a_pattern_finds_the_patient(folder):
+    records = list_folder(folder, name="x", patient_regex="(person[0-9]+)_")
+    by_id = {record.image_id: record for record in records}
+    assert sorted(by_id) == [
+        "NORMAL/a.png",
+        "NORMAL/person1_b.png",
+        "SICK/person1_c.jpeg",
+        "loose.png",
+    ]
+    assert by_id["SICK/person1_c.jpeg"].labels == {"NORMAL": 0, "SICK": 1}
+    assert by_id["loose.png"].labels == {"NORMAL": None, "SICK": None}
+    assert by_id["NORMAL/person1_b.png"].patient_id == "person1"
+    assert by_id["SICK/person1_c.jpeg"].patient_id == "person1"
+    assert by_id["NORMAL/a.png"].patient_id == "NORMAL/a.png"
+
+
+def rows(folder, text, **options):
+    (folder / "t.csv").write_text(text)
+    return list_csv(folder, folder / "t.csv", name="x", columns=Columns(), **options)
+
+
+def test_a_table_gives_labels_patients_and_splits(folder):
+    records = rows(
+        folder,
+        "path,labels,patient,split,view,sex,age\n"
+        "NORMAL/a.png,,p1,train,PA,F,058Y\n"
+        "loose.png,Mass|Edema,p2,test,AP,male,40\n"
+        "SICK/person1_c.jpeg,?,p3,,,,\n",
+        unknown="?",
+    )
+    assert [r.labels for r in records] == [
+        {"Edema": 0, "Mass": 0},
+        {"Edema": 1, "Mass": 1},
+        {"Edema": None, "Mass": None},
+    ]
+    assert [(r.patient_id, r.split, r.sex, r.age) for r in records] == [
+        ("p1", "train", "F", 58),
+        ("p2", "test", "M", 40),
+        ("p3", None, None, None),
+    ]
+
+
+def test_where_takes_some_rows(folder):
+    text = "path,labels\nNORMAL/a.png,\nloose.png,Mass\n"
+    assert len(rows(folder, text, where=["path=NORMAL/*"])) == 1
+    with pytest.raises(DataError, match="no row is left"):
+        rows(folder, text, where=["path=nothing*"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,labels\nloose.png,\n", "no column 'path'"),
+        ("path,labels\nloose.png,\ngone.png,\n", "1 of 2 files are not in .* gone.png"),
+        ("path,age\nloose.png,old\n", "line 2: the age 'old'"),
+        ("path,labels\nloose.png,a,b\n", "line 2: more cells than columns"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(folder, text, words):
+    with pytest.raises(DataError, match=words):
+        rows(folder, text)
+
+
+def test_missing_and_empty_folders_say_so(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        list_folder(tmp_path / "gone", name="x")
+    with pytest.raises(DataError, match="no images in it"):
+        list_folder(tmp_path, name="x")

@@ -1,0 +1,39 @@
+"""Phantoms: seeded, independent findings, some as DICOM, all readable by the folder source."""
+
+import numpy as np
+
+from mlvicx_dist.ingest.pixels import read_image
+from mlvicx_dist.ingest.sources.anatomy import CLASSES, draw_phantom
+from mlvicx_dist.ingest.sources.phantom import write_phantoms
+
+
+def test_the_same_patient_is_drawn_the_same():
+    first, again = draw_phantom(1, 2, size_px=48), draw_phantom(1, 2, size_px=48)
+    assert np.array_equal(first.pixels, again.pixels)
+    assert first.labels == again.labels
+    assert not np.array_equal(first.pixels, draw_phantom(1, 3, size_px=48).pixels)
+
+
+def test_findings_are_common_and_independent():
+    labels = np.array([list(draw_phantom(0, i, size_px=16).labels.values()) for i in range(600)])
+    assert ((labels.mean(0) > 0.28) & (labels.mean(0) < 0.42)).all()
+    correlation = np.corrcoef(labels.T)[np.triu_indices(len(CLASSES), 1)]
+    assert np.abs(correlation).max() < 0.13
+
+
+def test_the_lungs_are_darker_than_the_spine_and_the_heart():
+    pictures = [draw_phantom(0, i, size_px=64).pixels.astype(float) for i in range(40)]
+    mean = np.mean(pictures, 0)
+    assert mean[15:28, 14:22].mean() < 0.7 * mean[15:40, 30:34].mean()
+
+
+def test_files_are_resumed_and_dicom_reads_as_drawn(phantom_files, phantom_records, tmp_path):
+    dicom = sorted((phantom_files / "dicom").glob("*.dcm"))
+    assert 8 <= len(dicom) <= 16
+    for path in dicom[:4]:
+        drawn = draw_phantom(0, int(path.stem[-6:]), size_px=64).pixels
+        read = np.asarray(read_image(path, bits=16)) / 65535
+        assert np.abs(read - drawn / 4095).max() < 2e-3
+    before = {p: p.stat().st_mtime_ns for p in phantom_files.rglob("*.png")}
+    write_phantoms(phantom_files, 60, size_px=64)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
