@@ -22,17 +22,18 @@ from mlvicx_dist.ingest.shards import write_whole
 from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
+from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.progress import duration, progress
 from mlvicx_dist.report.page import write_report
 from mlvicx_dist.train.launch import pretrain
 
 LEAST_GAIN = 0.03
 """The mean AUROC by which the pretrained encoder must beat the untrained one."""
-PHANTOMS, SIZE_PX, STORED_PX = 1000, 160, 128
-PACKING = PackSettings(short_side_px=STORED_PX, samples_per_shard=256)
+PHANTOMS, SIZE_PX = 1500, 160
+PACKING = PackSettings(short_side_px=128, samples_per_shard=256, fractions=Fractions(0.6, 0.1, 0.3))
 
 PRETRAIN = """\
-# The demo's pretraining: 700 phantoms, 64 px, two workers of one core.
+# The demo's pretraining: about 1,040 phantoms, 64 px, two workers of one core.
 # Command: mlvicx pretrain {out}/pretrain.yaml
 kind: pretrain
 run: {{name: run, storage_path: {out}}}
@@ -50,10 +51,10 @@ model:
   projector: {{width: 512}}
   local: {{resize_px: 16, channels: 128}}
 train:
-  batch_size: 64
-  epochs: 16
+  batch_size: 32
+  epochs: 12
   optimizer: adamw
-  learning_rate_per_256: 4e-3
+  learning_rate_per_256: 8e-3
   weight_decay: 1e-4
   warmup_epochs: 1
   precision: bf16

@@ -53,7 +53,7 @@ def test_official_splits_stay_and_train_val_is_cut_by_patient():
 
 
 def test_a_patient_in_two_official_splits_is_an_error():
-    with pytest.raises(DataError, match="1 patients .* --no-official-splits"):
+    with pytest.raises(DataError, match=r"1 patients .* --no-official-splits"):
         assign([record(1, 1, "train"), record(2, 1, "test")], salt=SALT, fractions=Fractions())
 
 

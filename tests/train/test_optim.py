@@ -1,5 +1,7 @@
 """LARS against its plain form, and the schedule as a function of the step."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -78,4 +80,4 @@ def test_the_default_schedule_ends_at_a_thousandth():
     rates = [learning_rate(s, settings=settings, steps_per_epoch=50) for s in range(500)]
     assert max(rates) == rates[50] == pytest.approx(0.2)
     assert rates[-1] == pytest.approx(0.0002, rel=0.02)
-    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[50:]))

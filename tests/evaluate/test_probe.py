@@ -1,0 +1,57 @@
+"""The probes against scikit-learn, and that the test images decide nothing."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from mlvicx_dist.config import Knn, Probe
+from mlvicx_dist.evaluate.metrics import auroc
+from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    features = rng.normal(2, 3, (300, 8)).astype(np.float32)
+    labels = (features[:, :2] + rng.normal(0, 3, (300, 2)) > 2).astype(float)
+    labels[:40, 1] = np.nan
+    return features, labels
+
+
+def test_the_probe_is_logistic_regression_with_missing_labels_masked(data):
+    features, labels = data
+    settings = Probe(l2=[0.05], max_iterations=500)
+    fitted = fit_probe(features, labels, validation=data, settings=settings)
+    x = (features - features.mean(0)) / features.std(0, ddof=1)
+    for k, rows in ((0, slice(None)), (1, slice(40, None))):
+        theirs = LogisticRegression(C=1 / (0.05 * len(x[rows])), tol=1e-10, max_iter=1000)
+        theirs.fit(x[rows], labels[rows, k])
+        expected = theirs.decision_function(x)
+        assert np.abs(fitted.scores(features)[:, k] - expected).max() < 2e-4
+
+
+def test_the_penalty_is_the_best_one_on_the_validation_images(data):
+    features, labels = data
+    settings = Probe(l2=[1e-4, 1e-2, 1.0])
+    validation = features[200:], labels[200:]
+    best = fit_probe(features[:200], labels[:200], validation=validation, settings=settings)
+    alone = [
+        fit_probe(
+            features[:200], labels[:200], validation=validation, settings=Probe(l2=[l2])
+        ).validation_auroc
+        for l2 in settings.l2
+    ]
+    assert best.validation_auroc == pytest.approx(max(alone), abs=1e-3)
+
+
+def test_neighbours_vote():
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(2, 8)) * 5
+    kinds = rng.integers(0, 2, 200)
+    points = (centres[kinds] + rng.normal(size=(200, 8))).astype(np.float32)
+    y = kinds[:, None].astype(float)
+    scores = knn_scores(points[:150], y[:150], points[150:], settings=Knn(neighbours=5))
+    assert auroc(scores[:, 0], y[150:, 0]) == 1
+    y[:149] = np.nan
+    one_vote = knn_scores(points[:150], y[:150], points[150:], settings=Knn(neighbours=150))
+    assert np.allclose(one_vote, y[149])
