@@ -32,5 +32,6 @@ def evidence(weights: Path) -> dict[str, Any]:
     run_dir = weights.parent.parent
     known: dict[str, Any] = {"run": run_dir.name, "checkpoint": weights.name}
     for path in sorted((run_dir / "evaluations").glob("*.json")):
-        known[path.stem] = json.loads(path.read_text(encoding="utf-8")).get("summary")
+        probe = json.loads(path.read_text(encoding="utf-8"))["probe"]
+        known[f"mean AUROC, {path.stem}"] = {kind: probe[kind]["mean"] for kind in probe}
     return known

@@ -66,6 +66,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
             f"workers.num is {config.workers.num}, but a batch of {config.train.batch_size} images "
             "cannot be shared by more workers than that; lower workers.num."
         )
+    _check_model(config)
     _make(run_dir)
     with _only_driver(run_dir):
         _check_fingerprint(run_dir, fingerprint(config, shards.digests()))
@@ -131,6 +132,16 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
         if place[key]:
             place[key] = str(Path(place[key]).expanduser().absolute())
     return PretrainConfig.model_validate(tree)
+
+
+def _check_model(config: PretrainConfig) -> None:
+    """Build the model without memory: a backbone or level that does not exist ends here."""
+    import torch
+
+    from mlvicx_dist.model.mlvicx import build_model
+
+    with torch.device("meta"):
+        build_model(config.model.model_copy(update={"init": "random"}), 0)
 
 
 def _make(run_dir: Path) -> None:

@@ -1,0 +1,153 @@
+"""Evaluation from a run's folder to its JSON, and the page that shows it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlvicx_dist.cli import main
+from mlvicx_dist.config import EvaluateConfig, parse_config
+from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.evaluate.embed import Embeddings
+from mlvicx_dist.evaluate.evaluation import evaluate
+
+
+def settings(**changes):
+    tree = {"kind": "evaluate", "name": "t", "data": {"shards": ["x"]}, "bootstrap": {"draws": 200}}
+    config = parse_config({**tree, **changes}, "t")
+    assert isinstance(config, EvaluateConfig)
+    return config
+
+
+@pytest.fixture
+def embeddings():
+    """300 patients; the first encoder sees class a, neither sees b; c is positive nowhere."""
+    rng = np.random.default_rng(0)
+    labels = np.stack([rng.integers(0, 2, 300), rng.integers(0, 2, 300), np.zeros(300)], 1)
+    seeing = rng.normal(size=(300, 6)).astype(np.float32)
+    seeing[:, 0] += 2 * labels[:, 0]
+    blind = rng.normal(size=(300, 6)).astype(np.float32)
+    splits = ["train"] * 150 + ["val"] * 50 + ["test"] * 100
+    about = tuple(
+        {"split": s, "patient": str(i), "source": "s", "key": str(i)} for i, s in enumerate(splits)
+    )
+    return Embeddings((seeing, blind), labels.astype(float), ("a", "b", "c"), about)
+
+
+def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
+    result = evaluate(embeddings, settings())
+    difference = result["probe"]["difference"]
+    assert difference["a"]["low"] > 0.1
+    assert difference["b"]["low"] < 0 < difference["b"]["high"]
+    assert result["probe"]["pretrained"]["a"]["value"] > 0.85
+    assert result["knn"]["pretrained"]["a"]["value"] > 0.75
+    assert result["classes"] == ["a", "b"]
+    assert "only 0 for c in the split train" in result["left_out"]["c"]
+    mean = np.mean([result["probe"]["pretrained"][c]["value"] for c in "ab"])
+    assert result["probe"]["pretrained"]["mean"]["value"] == pytest.approx(mean)
+    json.dumps(result)
+
+
+def test_the_test_images_choose_nothing(embeddings):
+    """Other test labels change the areas and nothing that was chosen."""
+    first = evaluate(embeddings, settings())
+    embeddings.labels[200:, :2] = 1 - embeddings.labels[200:, :2]
+    second = evaluate(embeddings, settings())
+    assert first["penalty"] == second["penalty"]
+    area = first["probe"]["pretrained"]["a"]["value"]
+    assert second["probe"]["pretrained"]["a"]["value"] == pytest.approx(1 - area)
+
+
+def test_mistakes_are_named(embeddings):
+    with pytest.raises(ConfigError, match="classes names 'aa'"):
+        evaluate(embeddings, settings(classes=["aa"]))
+    with pytest.raises(DataError, match="no class has both labels"):
+        evaluate(embeddings, settings(classes=["c"]))
+    with pytest.raises(DataError, match="split 'dev' is empty"):
+        evaluate(embeddings, settings(data={"shards": ["x"], "val": "dev"}))
+
+
+def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
+    """One process, no Ray: the loop itself, then evaluate, embed, export and report."""
+    import torch
+    import yaml
+
+    from mlvicx_dist.config import PretrainConfig, to_tree
+    from mlvicx_dist.train.loop import Place, train
+
+    tree = {
+        "kind": "pretrain",
+        "run": {"name": "r<b>".replace("<b>", "-b"), "storage_path": str(tmp_path)},
+        "data": {"shards": [{"path": str(phantom_shards)}], "loader_workers": 0},
+        "views": {"image_size_px": 32, "blur_kernel_px": 5},
+        "model": {
+            "backbone": "test_resnet",
+            "projector": {"width": 8},
+            "local": {"resize_px": 8, "channels": 4, "pool": 2, "fusion": "per_level"},
+            "levels": [1, 3],
+        },
+        "train": {"batch_size": 8, "epochs": 2, "optimizer": "adamw", "log_every_steps": 1},
+    }
+    config = parse_config(tree, "t")
+    assert isinstance(config, PretrainConfig)
+    run_dir = tmp_path / "r-b"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
+    reported = []
+    train(config, run_dir, Place(0, 1, torch.device("cpu")), report=reported.append)
+    assert {"level1/variance_weighted", "level3/std", "encoder/rankme"} <= reported[-1].keys()
+
+    assert main(["report", str(run_dir)]) == 0
+    assert "Not evaluated yet" in (run_dir / "report.html").read_text()
+    (tmp_path / "e.yaml").write_text(
+        f"kind: evaluate\nname: phantoms\ndata: {{shards: [{phantom_shards}]}}\n"
+        "bootstrap: {draws: 100}\n"
+    )
+    capsys.readouterr()
+    assert main(["evaluate", str(run_dir), str(tmp_path / "e.yaml"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    written = json.loads((run_dir / "evaluations" / "phantoms.json").read_text())
+    assert written == result
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert f"{result['probe']['pretrained']['mean']['value']:.3f}" in page
+    assert "Weighted terms, level3" in page
+    assert "data:image/jpeg;base64," in page
+    assert 'src="http' not in page
+
+    out = tmp_path / "e.parquet"
+    assert main(["embed", str(run_dir), str(phantom_shards), "--out", str(out)]) == 0
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 0
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "For research only" in card or "for research only" in card
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(phantom_shards, tmp_path, capsys):
+    import torch
+
+    from mlvicx_dist.config import PretrainConfig, to_tree
+    from mlvicx_dist.train.checkpoint import save_checkpoint
+
+    config = PretrainConfig.model_validate(
+        {
+            "kind": "pretrain",
+            "run": {"name": "r"},
+            "data": {"shards": [{"path": "x"}]},
+            "model": {"backbone": "test_resnet", "projector": {"width": 8}},
+        }
+    )
+    state = {
+        "step": 1,
+        "model": {"encoder.backbone.conv1.weight": torch.zeros(3)},
+        "optimizer": {},
+        "settings": to_tree(config),
+        "manifests": [],
+        "versions": {},
+    }
+    save_checkpoint(tmp_path, state, keep=1)
+    out = str(tmp_path / "e.parquet")
+    assert main(["embed", str(tmp_path), str(phantom_shards), "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert "the weights do not fit the model" in error
+    assert len(error.strip().splitlines()) == 1

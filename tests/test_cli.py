@@ -1,0 +1,67 @@
+"""The command line: quick help, one way in, exit codes, JSON alone on stdout."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlvicx_dist.cli import main
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["demo", "pretrain", "evaluate", "embed", "report", "export", "verify", "inspect"]
+HELPS = [
+    *([sys.executable, "-m", "mlvicx_dist", name, "--help"] for name in ("", *COMMANDS)),
+    *([sys.executable, str(path), "--help"] for path in sorted(ROOT.glob("sharding/*.py"))),
+]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=lambda c: " ".join(Path(p).name for p in c[-2:]))
+def test_every_help_answers_within_three_tenths_of_a_second(command):
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([p for p in command if p], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+        if times[-1] < 0.3:
+            break
+    assert "usage" in done.stdout
+    assert min(times) < 0.3
+
+
+def test_an_unknown_command_is_the_users_error():
+    with pytest.raises(SystemExit) as caught:
+        main(["pretrian"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "/nowhere.yaml"], "/nowhere.yaml: the settings file cannot be read"),
+        (["verify", "/nowhere"], "/nowhere: there is no such folder of shards"),
+        (["inspect", "/nowhere"], "/nowhere: there is no such folder of shards"),
+        (["report", "/nowhere"], "/nowhere: it is no run's folder"),
+        (["export", "/nowhere", "--out", "/tmp/never"], "/nowhere: there is no such file"),
+        (["embed", "/nowhere", "x", "--out", "y"], "/nowhere: there is no such file or folder"),
+        (["evaluate", "/nowhere", str(ROOT / "configs/evaluate/cpu.yaml")], "/nowhere: there is"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_two(arguments, words, capsys):
+    assert main(arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert words in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+
+
+def test_inspect_draws_a_sheet(phantom_shards, tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "sheet.png"
+    assert main(["inspect", str(phantom_shards), "--out", str(out), "--count", "4"]) == 0
+    sheet = Image.open(out)
+    assert sheet.width > 900
+    assert sheet.height > 300
+    assert "4 images" in capsys.readouterr().out

@@ -1,0 +1,161 @@
+"""Pretraining on Ray: two workers, kill -9, resume, finished, and a sentence for each refusal."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mlvicx_dist.cli import main
+from mlvicx_dist.config import load_config
+from mlvicx_dist.ingest.shards import read_manifest
+from mlvicx_dist.train.checkpoint import load_encoder, newest_checkpoint, read_checkpoint
+from mlvicx_dist.train.metrics import read_rows
+
+SMALL = """\
+kind: pretrain
+run: {{name: small, storage_path: {runs}}}
+data: {{shards: [{{path: {shards}}}], loader_workers: 1}}
+views: {{image_size_px: 32, blur_kernel_px: 5}}
+model:
+  backbone: test_resnet
+  projector: {{width: 16}}
+  local: {{resize_px: 8, channels: 4, pool: 2}}
+train: {{batch_size: 6, epochs: 40, optimizer: adamw, warmup_epochs: 1, log_every_steps: 4}}
+workers: {{num: 2, max_failures: 1, start_timeout_s: 60}}
+checkpoint: {{every_steps: 4, keep: 2}}
+"""
+
+
+@pytest.fixture
+def config(phantom_shards, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.format(runs=tmp_path / "runs", shards=phantom_shards))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "runs" / "small"
+
+
+def command(config, *overrides):
+    sets = [part for override in overrides for part in ("--set", override)]
+    return [sys.executable, "-m", "mlvicx_dist", "pretrain", str(config), "--json", *sets]
+
+
+def total_steps(config):
+    settings = load_config(config)
+    images = read_manifest(settings.data.shards[0].path).splits["train"]
+    return settings.train.epochs * (images // settings.train.batch_size)
+
+
+def ray_processes(session_of):
+    """Processes of Ray that descend from a driver that is gone carry its run's folder."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/environ", "rb") as file:
+                    if session_of.encode() in file.read():
+                        found.append(int(entry))
+            except OSError:
+                continue
+    return found
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends(config, run_dir, tmp_path):
+    mark = f"MLVICX_TEST={tmp_path}"
+    environment = {**os.environ, "MLVICX_TEST": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            command(config, "train.epochs=400"), stderr=log, stdout=log, env=environment
+        )
+        deadline = time.monotonic() + 120
+        while newest_checkpoint(run_dir) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    for _ in range(100):
+        if not ray_processes(mark):
+            break
+        time.sleep(0.2)
+    assert ray_processes(mark) == []
+    (run_dir / "fingerprint.json").unlink()  # the rest is a shorter run: 40 epochs
+    reached = read_checkpoint(newest_checkpoint(run_dir))["step"]
+    epochs = reached // (total_steps(config) // 40) + 2
+    again = command(config, f"train.epochs={epochs}")
+    result = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    outcome = json.loads(result.stdout)
+    assert outcome["resumed_from"] == reached
+    steps = [row["step"] for row in read_rows(run_dir / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == outcome["steps"] == epochs * (total_steps(config) // 40)
+    assert "images/s" in result.stderr
+    encoder = load_encoder(run_dir)
+    exported = load_encoder(run_dir / "exports" / f"step-{outcome['steps']:08d}")
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.equal(encoder(images), exported(images))
+    finished = subprocess.run(again, capture_output=True, text=True, check=True)
+    assert json.loads(finished.stdout)["already_finished"]
+
+
+def test_a_worker_that_meets_a_damaged_shard_stops_the_run_in_one_sentence(
+    config, phantom_shards, tmp_path
+):
+    shards = shutil.copytree(phantom_shards, tmp_path / "damaged")
+    for shard in read_manifest(shards).shards:
+        path = shards / shard.name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = subprocess.run(
+        command(config, f"data.shards.0.path={shards}"), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"damaged/train-\d+\.tar: .*mlvicx verify", last)
+
+
+def test_a_loss_that_is_not_finite_names_step_term_and_level(config, run_dir):
+    result = subprocess.run(
+        command(config, "train.learning_rate_per_256=1e30", "train.warmup_epochs=0"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"step \d+: the \w+ of the \w+ (term|value) is (nan|inf)", last) or re.search(
+        r"step \d+: the weights are not finite", last
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.batch_size=500"], "batch of 500 is larger than the"),
+        (["workers.num=64", "train.batch_size=8"], "cannot be shared by more workers"),
+        (["workers.cpus_per_worker=500"], "asks for 1000 CPUs, but this machine has"),
+        (["data.shards.0.path=/nowhere"], "/nowhere: there is no such folder of shards"),
+        (["data.splits=[holdout]"], "no images of the split holdout"),
+        (["model.backbone=resnet81"], "model.backbone resnet81: timm has no such model"),
+        (["train.init_from=/nowhere"], "/nowhere: there is no such file or folder"),
+        (["run.storage_path=/proc/x"], "folder cannot be written"),
+        (["run.storage_path=s3://x/y"], "only local folders"),
+        (["train.batchsize=3"], "did you mean 'batch_size'?"),
+    ],
+)
+def test_each_mistake_is_one_sentence_before_ray_starts(config, capsys, overrides, words):
+    sets = [part for override in overrides for part in ("--set", override)]
+    assert main(["pretrain", str(config), *sets]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
