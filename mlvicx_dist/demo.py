@@ -36,7 +36,7 @@ PRETRAIN = """\
 # The demo's pretraining: about 1,040 phantoms, 64 px, two workers of one core.
 # Command: mlvicx pretrain {out}/pretrain.yaml
 kind: pretrain
-run: {{name: run, storage_path: {out}}}
+run: {{name: demo, storage_path: {out}}}
 data:
   shards: [{{path: {out}/shards}}]
   splits: [train, val]
@@ -63,7 +63,7 @@ checkpoint: {{every_s: 60}}
 """
 EVALUATE = """\
 # The demo's probe.
-# Command: mlvicx evaluate {out}/run {out}/evaluate.yaml
+# Command: mlvicx evaluate {out}/demo {out}/evaluate.yaml
 kind: evaluate
 name: phantoms
 data: {{shards: [{out}/shards]}}
