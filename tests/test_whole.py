@@ -1,0 +1,73 @@
+"""The whole way, as a user walks it: the demo, and real radiographs by the README's commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MLVICX = [sys.executable, "-m", "mlvicx_dist"]
+
+
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_shows_that_pretraining_helps(tmp_path):
+    done = run(*MLVICX, "demo", "--out", str(tmp_path / "demo"), "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert result["difference"]["value"] >= 0.03
+    assert result["difference"]["low"] > 0
+    assert Path(result["report"]).stat().st_size > 1e6
+    again = run(*MLVICX, "demo", "--out", str(tmp_path / "demo"), "--json")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["seconds"] < 60
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.timeout(900)
+def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
+    cxr, salt = shared_data / "cxr", tmp_path / "salt"
+    pack = [sys.executable, str(ROOT / "sharding" / "shard_folder.py"), "--salt-file", str(salt)]
+    nih = run(
+        *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
+        *("--where", "file=images/nih_*", "--path-column", "file", "--labels-column", "label"),
+        *("--patient-column", "patient_id", "--classes", "pneumonia", "--short-side-px", "128"),
+        *("--fractions", "0.6,0.1,0.3", "--out", str(tmp_path / "nih")),
+    )
+    assert nih.returncode == 0, nih.stderr
+    assert sum(json.loads(nih.stdout)["splits"].values()) == 652
+    kermany = run(
+        *(
+            *pack,
+            "--source",
+            str(shared_data / "kermany_train"),
+            "--json",
+            "--short-side-px",
+            "128",
+        ),
+        *("--patient-regex", "^(person[0-9]+)_", "--out", str(tmp_path / "kermany")),
+    )
+    assert sum(json.loads(kermany.stdout)["splits"].values()) == 5216
+    settings = ROOT / "configs" / "pretrain" / "cxr96.yaml"
+    sets = [
+        *("--set", f"data.shards.0.path={tmp_path / 'nih'}", "--set", "train.epochs=2"),
+        *("--set", f"data.shards.1.path={tmp_path / 'kermany'}"),
+        *("--set", f"run.storage_path={tmp_path}", "--set", "views.image_size_px=48"),
+    ]
+    trained = run(*MLVICX, "pretrain", str(settings), *sets)
+    assert trained.returncode == 0, trained.stderr
+    probed = run(
+        *(*MLVICX, "evaluate", str(tmp_path / "cxr96"), "--json"),
+        str(ROOT / "configs" / "evaluate" / "nih_pneumonia.yaml"),
+        *("--set", f"data.shards.0={tmp_path / 'nih'}"),
+    )
+    assert probed.returncode == 0, probed.stderr
+    assert 0.5 < json.loads(probed.stdout)["probe"]["pretrained"]["pneumonia"]["value"] < 1
+    assert run(*MLVICX, "verify", str(tmp_path / "kermany")).returncode == 0
