@@ -226,7 +226,7 @@ def _run(config: PretrainConfig, run_dir: Path, total: int) -> int:
             train_worker,
             train_loop_config={"settings": to_tree(config), "run_dir": str(run_dir)},
             scaling_config=ScalingConfig(
-                num_workers=workers.num,
+                num_workers=(workers.min, workers.num) if workers.min else workers.num,
                 use_gpu=workers.use_gpu,
                 resources_per_worker={
                     "CPU": workers.cpus_per_worker,
@@ -295,9 +295,10 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(workers.collective_timeout_s)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    needed = {"CPU": workers.num * workers.cpus_per_worker}
+    least = workers.min or workers.num
+    needed = {"CPU": least * workers.cpus_per_worker}
     if workers.use_gpu:
-        needed["GPU"] = workers.num
+        needed["GPU"] = least
     given = ray.is_initialized()
     if not given and not os.environ.get("RAY_ADDRESS"):
         _check_resources(needed, _this_machine(), "this machine")

@@ -1,0 +1,97 @@
+"""Batches: the same samples and views for any number of ranks, loader processes and restarts."""
+
+import shutil
+
+import pytest
+import torch
+
+from mlvicx_dist.config import Views
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.shards import read_manifest
+from mlvicx_dist.stream.loader import Steps, batches
+from mlvicx_dist.stream.order import epoch_order
+from mlvicx_dist.stream.shardset import ShardSet
+
+VIEWS = Views(image_size_px=24, blur_kernel_px=5)
+
+
+@pytest.fixture(scope="module")
+def shards(phantom_shards):
+    return ShardSet.open([phantom_shards], splits=["train", "val"])
+
+
+def collect(shards, *, start=0, stop=12, rank=0, world_size=1, workers=0):
+    steps = Steps(shards, VIEWS, batch=7, seed=3, rank=rank, world_size=world_size)
+    return list(batches(steps, start=start, stop=stop, workers=workers))
+
+
+def same(first, second):
+    return all(
+        a.step == b.step
+        and torch.equal(a.samples, b.samples)
+        and torch.equal(a.images, b.images)
+        and torch.equal(a.table, b.table)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_loader_processes_change_nothing(shards):
+    assert same(collect(shards), collect(shards, workers=2))
+
+
+def test_a_restart_at_a_step_sees_what_would_have_come(shards):
+    assert same(collect(shards)[5:], collect(shards, start=5))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_the_batch_of_one(shards, world_size):
+    alone = collect(shards)
+    parts = [collect(shards, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for one, shares in zip(alone, zip(*parts, strict=True), strict=True):
+        assert torch.equal(torch.cat([s.samples for s in shares]), one.samples)
+        assert torch.equal(torch.cat([s.images for s in shares], 1), one.images)
+        assert torch.equal(torch.cat([s.table for s in shares], 1), one.table)
+
+
+def test_a_step_is_a_column_of_the_order(shards):
+    order = epoch_order(shards.sizes, 7, 3, 0)
+    for batch in collect(shards, stop=order.shape[1]):
+        assert batch.samples.tolist() == order[:, batch.step].tolist()
+
+
+def test_an_epoch_is_followed_by_another_one_in_another_order(shards):
+    steps = epoch_order(shards.sizes, 7, 3, 0).shape[1]
+    seen = collect(shards, stop=2 * steps)
+    first, second = seen[:steps], seen[steps:]
+    assert not same(first[:1], [type(b)(0, b.samples, b.images, b.table) for b in second[:1]])
+    assert len({s for b in second for s in b.samples.tolist()}) == 7 * steps
+
+
+def test_two_folders_are_one_set(phantom_shards, tmp_path):
+    copy = shutil.copytree(phantom_shards, tmp_path / "copy")
+    both = ShardSet.open([phantom_shards, copy], splits=["train"], weights=[1.0, 0.5])
+    alone = ShardSet.open([phantom_shards], splits=["train"])
+    assert len(both) == 2 * len(alone)
+    assert both.key(len(alone)) == alone.key(0)
+    order = epoch_order(both.sizes, 2, 0, 0, both.weights)
+    light = (order >= len(alone)).sum()
+    assert abs(light - len(alone) / 2) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_cut_short_is_named(phantom_shards, tmp_path, workers):
+    shards = shutil.copytree(phantom_shards, tmp_path / "cut")
+    for info in read_manifest(shards).shards:
+        path = shards / info.name
+        path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(DataError, match=r"cut/(train|val)-.*mlvicx verify"):
+        collect(ShardSet.open([shards], splits=["train", "val"]), workers=workers)
+
+
+def test_sixteen_bits_become_eight():
+    import numpy as np
+
+    from mlvicx_dist.stream.loader import as_bytes
+
+    deep = np.array([[0, 255, 256, 65535]], np.uint16)
+    assert as_bytes(deep).tolist() == [[0, 0, 1, 255]]
