@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def train(
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     saver = _Saver(config, run_dir, model, optimizer, shards) if place.rank == 0 else None
     clock = _Clock()
-    with RunLog(run_dir, step=start) if place.rank == 0 else _Nothing() as run_log:
+    with RunLog(run_dir, step=start) if place.rank == 0 else nullcontext() as run_log:
         stream = batches(
             steps,
             start=start,
@@ -228,6 +229,12 @@ class _Saver:
                 f"step {done}: the weights are not finite, so they are not saved; start again from "
                 "the last checkpoint with a lower train.learning_rate_per_256."
             )
+        every = self.config.checkpoint
+        # The export first: where the last checkpoint stands, its export stands too.
+        if final or (every.export_every and (self._count + 1) % every.export_every == 0):
+            encoder = Encoder.from_model(self.model, self.config.views.image_size_px)
+            folder = self.run_dir / "exports" / f"step-{done:08d}"
+            save_export(encoder, folder, {"run": self.config.run.name, "step": done})
         state = {
             "step": done,
             "model": self.model.state_dict(),
@@ -236,13 +243,8 @@ class _Saver:
             "manifests": self.manifests,
             "versions": library_versions(),
         }
-        save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
+        save_checkpoint(self.run_dir, state, keep=every.keep)
         self._last_s, self._count = time.monotonic(), self._count + 1
-        every = self.config.checkpoint.export_every
-        if final or (every and self._count % every == 0):
-            encoder = Encoder.from_model(self.model, self.config.views.image_size_px)
-            folder = self.run_dir / "exports" / f"step-{done:08d}"
-            save_export(encoder, folder, {"run": self.config.run.name, "step": done})
 
 
 class _Clock:
@@ -278,16 +280,6 @@ class _Clock:
         }
         self._row_s, self._wait_s, self._row_step = now, 0.0, done
         return row
-
-
-class _Nothing:
-    """Stands where only rank 0 has a log."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _seed_everything(config: PretrainConfig) -> None:
