@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from mlvicx_dist.config import PretrainConfig, parse_config, to_tree
 from mlvicx_dist.errors import CheckpointError, DataError, ResourceError, TrainingError
 from mlvicx_dist.progress import progress
+from mlvicx_dist.session import ray_session
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import digest, find_weights
@@ -29,8 +30,6 @@ from mlvicx_dist.train.versions import library_versions, machine
 
 log = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 128 * 2**20
-"""A private cluster's object store: training data does not pass through it."""
 NOT_MATHEMATICS = {"train": ("log_every_steps",), "data": ("loader_workers",)}
 """Settings that leave every number of a run as it is."""
 
@@ -288,59 +287,18 @@ class _Shown:
 
 @contextmanager
 def _cluster(config: PretrainConfig) -> Iterator[None]:
-    """Ray with enough resources: the cluster that RAY_ADDRESS names, or a private one here."""
-    import ray
-
+    """Ray with room for the least number of workers."""
     workers = config.workers
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(workers.collective_timeout_s)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     least = workers.min or workers.num
     needed = {"CPU": least * workers.cpus_per_worker}
     if workers.use_gpu:
         needed["GPU"] = least
-    given = ray.is_initialized()
-    if not given and not os.environ.get("RAY_ADDRESS"):
-        _check_resources(needed, _this_machine(), "this machine")
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    else:
-        if not given:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        _check_resources(needed, _whole_cluster(), "the cluster")
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    try:
+    with ray_session(
+        needed,
+        asked="workers.num x workers.cpus_per_worker",
+        remedy="lower workers.num or workers.cpus_per_worker",
+    ):
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
         yield
-    finally:
-        if not given:
-            ray.shutdown()
-
-
-def _this_machine() -> dict[str, float]:
-    import torch
-
-    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
-
-
-def _whole_cluster() -> dict[str, float]:
-    """What the cluster can grow to where its autoscaler says so, else what it has."""
-    import ray
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
-
-
-def _check_resources(needed: dict[str, int], there: dict[str, float], where: str) -> None:
-    for kind, count in needed.items():
-        if count > there.get(kind, 0):
-            raise ResourceError(
-                f"workers.num x workers.cpus_per_worker asks for {count} {kind}s, but {where} has "
-                f"{there.get(kind, 0):g}; lower workers.num or workers.cpus_per_worker, or set "
-                "RAY_ADDRESS to a larger cluster."
-            )

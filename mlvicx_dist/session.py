@@ -1,0 +1,86 @@
+"""Ray for a command: the cluster it is connected to, or a private one here that ends with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from mlvicx_dist.errors import ResourceError
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""A private cluster's object store: neither images nor training data pass through it."""
+
+
+def on_cluster() -> bool:
+    """Whether there is a cluster to run on: RAY_ADDRESS names one, or this is already inside."""
+    import ray
+
+    return bool(ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def ray_session(needed: Mapping[str, float], *, asked: str, remedy: str) -> Iterator[None]:
+    """Connect to the cluster, or start a private one on this machine and end it with the block.
+
+    Args:
+        needed: The least of each resource, such as {"CPU": 4}.
+        asked: What asks for them, for the sentence that refuses.
+        remedy: What to lower.
+
+    Raises:
+        ResourceError: there is less, and an autoscaler would not add it.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    given = ray.is_initialized()
+    try:
+        if on_cluster():
+            if not given:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            _check(needed, _whole_cluster(), "the cluster", asked, remedy)
+        else:
+            _check(needed, this_machine(), "this machine", asked, remedy)
+            # Ray's workers are nice by 15: beside any other busy process, one with two threads ran
+            # eight times slower than at 0.
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        yield
+    finally:
+        if not given:
+            ray.shutdown()
+
+
+def this_machine() -> dict[str, float]:
+    """The cores and GPUs of this machine."""
+    import torch
+
+    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
+
+
+def _whole_cluster() -> dict[str, float]:
+    """What the cluster can grow to where its autoscaler says so, else what it has."""
+    import ray
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
+
+
+def _check(
+    needed: Mapping[str, float], there: Mapping[str, float], where: str, asked: str, remedy: str
+) -> None:
+    for kind, count in needed.items():
+        if count > there.get(kind, 0):
+            raise ResourceError(
+                f"{asked} asks for {count:g} {kind}s, but {where} has {there.get(kind, 0):g}; "
+                f"{remedy}, or set RAY_ADDRESS to a larger cluster."
+            )
