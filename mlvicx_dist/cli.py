@@ -94,11 +94,22 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("checkpoint", help="a run or a checkpoint")
     add.add_argument("--out", required=True, help="the folder to write")
 
-    add = command("verify", _verify, "check shards: digests, counts, every image")
+    add = command(
+        "verify", _verify, "check shards: digests, counts, every image, copies across splits"
+    )
     add.add_argument("shards", help="a shard folder")
-    add.add_argument("--workers", type=_count, default=1, help="processes (%(default)s)")
+    add.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="SHARDS",
+        help="look there too for copies of one image in two splits; may be repeated",
+    )
+    add.add_argument("--workers", type=_count, help="Ray tasks at once (default: all cores)")
 
-    add = command("inspect", _inspect, "draw a contact sheet of images and their two views")
+    add = command(
+        "inspect", _inspect, "draw a contact sheet: images, masks, boxes and the two views"
+    )
     add.add_argument("shards", nargs="+", help="shard folders")
     add.add_argument("--out", default="contact.png", help="the PNG to write (%(default)s)")
     add.add_argument("--count", type=_count, default=8, help="images shown (%(default)s)")
@@ -200,8 +211,11 @@ def _verify(options: argparse.Namespace) -> Answer:
 
     manifest = read_manifest(options.shards)
     with progress("verifying", sum(s.samples for s in manifest.shards), "images") as bar:
-        report = verify(options.shards, workers=options.workers, progress=bar)
-    return Answer(report.document(), report.lines(), 1 if report.problems else 0)
+        verdict = verify(
+            options.shards, against=options.against, workers=options.workers, progress=bar
+        )
+    bad = bool(verdict.problems or verdict.leaks)
+    return Answer(verdict.document(), verdict.lines(), 1 if bad else 0)
 
 
 def _inspect(options: argparse.Namespace) -> Answer:

@@ -18,13 +18,13 @@ from mlvicx_dist.config import EvaluateConfig, PretrainConfig, load_as
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
 from mlvicx_dist.ingest.pack import PackSettings, pack
 from mlvicx_dist.ingest.record import load_salt
-from mlvicx_dist.ingest.shards import write_whole
 from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.progress import duration, progress
 from mlvicx_dist.report.page import write_report
+from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.launch import pretrain
 
 LEAST_GAIN = 0.03
@@ -93,12 +93,19 @@ def demo(out: str | Path) -> Demonstration:
         table = write_phantoms(
             out / "images", PHANTOMS, size_px=SIZE_PX, workers=workers, progress=bar
         )
-    records = list_csv(out / "images", table, name="phantom", columns=Columns(), classes=CLASSES)
+    listing = list_csv(out / "images", table, name="phantom", columns=Columns(), classes=CLASSES)
     # Phantoms are nobody: a salt of the demo's own keeps its shards the same everywhere.
     write_whole(out / "salt", ("00" * 32).encode())
     salt = load_salt(out / "salt")
     with progress("packing", PHANTOMS, "images") as bar:
-        pack(records, out / "shards", settings=PACKING, salt=salt, workers=workers, progress=bar)
+        pack(
+            listing.records,
+            out / "shards",
+            settings=PACKING,
+            salt=salt,
+            workers=workers,
+            progress=bar,
+        )
     for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
         write_whole(out / f"{name}.yaml", text.format(out=out).encode())
     _say("2 of 4: pretraining without labels")

@@ -19,6 +19,11 @@ class Progress:
         self._skipped = 0
         self._start = self._last = time.monotonic()
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the job began."""
+        return max(time.monotonic() - self._start, 1e-9)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more as done; `note` stands behind the figures."""
         self.done += count
@@ -35,8 +40,7 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """The state in words: `packing 120/600 images, 85.3 images/s, 6 s left`."""
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        rate = (self.done - self._skipped) / elapsed
+        rate = (self.done - self._skipped) / self.elapsed_s
         left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
         tail = f", {note}" if note else ""
         speed = f"{rate:.3g} {self.unit}/s{left}{tail}"

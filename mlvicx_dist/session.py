@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
 
 from mlvicx_dist.errors import ResourceError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
@@ -84,3 +89,45 @@ def _check(
                 f"{asked} asks for {count:g} {kind}s, but {where} has {there.get(kind, 0):g}; "
                 f"{remedy}, or set RAY_ADDRESS to a larger cluster."
             )
+
+
+def in_parallel(
+    function: Callable[[T], R], tasks: Iterable[T], *, workers: int | None
+) -> Iterator[tuple[T, R]]:
+    """Call a function on each task, as Ray tasks of one core; (task, result) as they come.
+
+    Args:
+        function: A function of a module, which every node can import.
+        tasks: Its arguments; no more of them than there are workers are under way at a time.
+        workers: How many at once; None: as many as there are cores. 1 needs no Ray.
+
+    Raises:
+        ResourceError: a worker died three times.
+        Exception: what the function raised; no further task is begun.
+    """
+    todo = iter(tasks)
+    if workers == 1:
+        for task in todo:
+            yield task, function(task)
+        return
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    with ray_session({"CPU": 1}, asked="this command", remedy="give --workers 1"):
+        remote = ray.remote(num_cpus=1, max_retries=2)(function)
+        at_once = workers or int(ray.cluster_resources().get("CPU", 1))
+        running = {remote.remote(task): task for task in islice(todo, at_once)}
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            task = running.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                raise ResourceError(
+                    f"a worker died three times ({type(error).__name__}), perhaps for want of "
+                    "memory; give fewer with --workers and run the same command again."
+                ) from None
+            running |= {remote.remote(one): one for one in islice(todo, 1)}
+            yield task, result

@@ -9,17 +9,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlvicx_dist.ingest.command import run_sharding
+
+if TYPE_CHECKING:
+    from mlvicx_dist.ingest.sources.tables import Listing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this source."""
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder of images; subfolder = class")
+    add("--source", required=True, help="folder or URL of images; subfolder = class")
     add("--name", help="what the shards call this source (default: the folder's name)")
     add("--patient-regex", help="group 1 in a file's name is the patient, as in '(person[0-9]+)'")
-    add("--csv", type=Path, help="a table of the files instead of subfolders")
+    add("--csv", help="a table of the files instead of subfolders")
+    add("--no-classes", action="store_true", help="subfolders are not classes")
     for column in ("path", "labels", "patient", "split", "view", "sex", "age"):
         add(f"--{column}-column", default=column, metavar="NAME", help="(%(default)s)")
     add("--classes", help="class names in order, joined by commas (default: all, sorted)")
@@ -33,32 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def list_records(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def list_records(options: argparse.Namespace) -> Listing:
     """From the arguments to the images."""
     from mlvicx_dist.ingest.sources.folder import Columns, list_csv, list_folder
 
-    name = options.name or options.source.resolve().name
+    name = options.name or Path(options.source).absolute().name
     if options.csv is None:
-        return list_folder(options.source, name=name, patient_regex=options.patient_regex)
+        return list_folder(
+            options.source,
+            name=name,
+            patient_regex=options.patient_regex,
+            classes=not options.no_classes,
+            workers=options.workers,
+        )
     columns = Columns(**{c: getattr(options, f"{c}_column") for c in Columns.__dataclass_fields__})
-    classes = options.classes.split(",") if options.classes else None
     return list_csv(
         options.source,
         options.csv,
         name=name,
         columns=columns,
-        classes=classes,
+        classes=options.classes.split(",") if options.classes else None,
         unknown=options.unknown,
         where=options.where,
+        workers=options.workers,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_sharding(
-            None,
-            description="Pack any folder of radiographs into WebDataset shards.",
-            add_arguments=add_arguments,
-            list_records=list_records,
-        )
-    )
+    sys.exit(run_sharding(__doc__, add_arguments, list_records))

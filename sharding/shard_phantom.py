@@ -8,8 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlvicx_dist.ingest.command import run_sharding
+
+if TYPE_CHECKING:
+    from mlvicx_dist.ingest.sources.tables import Listing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", type=Path, help="folder of the drawn images (default: OUT-images)")
 
 
-def list_records(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def list_records(options: argparse.Namespace) -> Listing:
     """Draw what is not drawn yet, then list it as the folder source does."""
     from mlvicx_dist.ingest.sources.anatomy import CLASSES
     from mlvicx_dist.ingest.sources.folder import Columns, list_csv
     from mlvicx_dist.ingest.sources.phantom import write_phantoms
     from mlvicx_dist.progress import progress
 
-    source = options.source or options.out.with_name(options.out.name + "-images")
+    source = options.source or Path(options.out + "-images")
     with progress("drawing", options.count, "phantoms") as bar:
         table = write_phantoms(
             source,
@@ -44,11 +48,4 @@ def list_records(options: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_sharding(
-            None,
-            description="Draw phantom radiographs and pack them into WebDataset shards.",
-            add_arguments=add_arguments,
-            list_records=list_records,
-        )
-    )
+    sys.exit(run_sharding(__doc__, add_arguments, list_records))

@@ -42,7 +42,8 @@ def phantom_records(phantom_files):
     from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 
     table = phantom_files / "labels.csv"
-    return list_csv(phantom_files, table, name="phantom", columns=Columns(), classes=CLASSES)
+    listing = list_csv(phantom_files, table, name="phantom", columns=Columns(), classes=CLASSES)
+    return listing.records
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +58,23 @@ def phantom_shards(phantom_records, salt, tmp_path_factory):
     )
     pack(phantom_records, out, settings=settings, salt=salt)
     return out
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on loopback with one empty bucket: its URL."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("errors", "config", "progress", "session"),
+    ("errors", "config", "progress", "session", "storage"),
     ("ingest",),
     ("stream",),
     ("model",),

@@ -18,8 +18,8 @@ from mlvicx_dist.errors import ConfigError, DataError, nearest
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
 from mlvicx_dist.evaluate.metrics import auroc, bootstrap_auroc, interval, roc_curve
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
-from mlvicx_dist.ingest.shards import write_whole
 from mlvicx_dist.model.encoder import untrained
+from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_seed
 
 ENCODERS = ("pretrained", "untrained")

@@ -1,100 +1,356 @@
 """A DICOM file as a grey image: air dark, bone bright, whatever the file says.
 
-Uncompressed files; the transforms are pydicom's own (modality LUT, VOI LUT or window).
+The header is looked at first, so that what is no frontal chest radiograph costs nothing. The
+transforms are pydicom's own: modality LUT, then the file's window or VOI LUT, then the inversion.
 """
 
 from __future__ import annotations
 
+import io
+import logging
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import UID
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
+from mlvicx_dist.ingest import decoders
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
+from mlvicx_dist.storage import place
+
+decoders.register()
+logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 PERCENTILES = (0.5, 99.5)
 """What becomes black and white where the file has neither a window nor a VOI LUT."""
+MAX_INFLATED_BYTES = 4 * MAX_PIXELS
+"""A deflated file that grows beyond this is taken for an attack on memory."""
+META_START = 144
+"""Preamble, `DICM` and the element that tells how long the file's meta information is."""
+HEADER_BYTES = 1 << 16
+"""What is read of a file of which only the header matters, as long as that is enough."""
+LUMA = (0.299, 0.587, 0.114)
+"""Grey of an RGB pixel (ITU-R BT.601, as Pillow weighs them)."""
+BROKEN = (
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    NotImplementedError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    OSError,
+    zlib.error,
+    struct.error,
+    BytesLengthException,
+)
+"""What pydicom raises, depending on where a damaged file is damaged."""
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file says it is DICOM: by its preamble, not by its name."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+@dataclass(frozen=True)
+class Rules:
+    """What is taken for a frontal chest radiograph; a tag that a file leaves out refuses nothing.
+
+    Attributes:
+        modalities: Allowed modalities; none: any.
+        body_parts: Words of which a body part must hold one; none: any.
+        lateral: Whether lateral views are taken.
+        for_processing: Whether raw detector images, not meant to be looked at, are taken.
+        burned_in: Whether images that say that names may be burned into them are taken.
+        window: Which of the file's windows or VOI LUTs is applied, from 0; a file that has fewer
+            gives its last.
+    """
+
+    modalities: tuple[str, ...] = ("CR", "DX", "DR")
+    body_parts: tuple[str, ...] = ("CHEST", "THORAX", "LUNG", "TORAX")
+    lateral: bool = False
+    for_processing: bool = False
+    burned_in: bool = False
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header tells of the patient and the view; `patient_id` is in clear."""
+
+    patient_id: str | None
+    view: str | None
+    sex: str | None
+    age: int | None
+
+
+ANYTHING = Rules((), (), lateral=True, for_processing=True, burned_in=True)
+"""Rules that refuse nothing."""
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file's first bytes say that it is DICOM: by its preamble, not by its name."""
+    return data[128:132] == b"DICM"
 
 
 def read_grey(path: str | Path, bits: int = 8) -> np.ndarray:
-    """The image of a DICOM file.
+    """The image of a DICOM file, whatever it shows.
 
     Args:
-        path: The file.
+        path: The file, a path or a URL.
         bits: 8 or 16, the depth wanted.
 
     Returns:
         uint8 or uint16 [H, W] over the full range; air dark and bone bright.
 
     Raises:
-        Refused: the file holds no single grey image that can be read, with the reason's code.
+        Refused: the file holds no single image that can be read, with the reason's code.
     """
-    dataset = _read(Path(path))
-    _check(dataset)
-    try:
-        pixels = dataset.pixel_array
-    except (ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
-        raise Refused("undecodable", str(error).splitlines()[0]) from None
-    if pixels.ndim != 2:
-        raise Refused("not-grey", f"pixels of shape {pixels.shape}")
-    values = apply_modality_lut(pixels, dataset)
-    if dataset.get("VOILUTSequence") or dataset.get("WindowCenter") is not None:
-        values = _windowed(values, dataset)
-    else:
-        values = _stretched(values.astype(np.float64), *np.percentile(values, PERCENTILES))
-    if _inverted(dataset):
-        values = 1 - values
-    top = 2**bits - 1
-    return np.round(values * top).astype(np.uint8 if bits == 8 else np.uint16)
+    return read_radiograph(place(path).read_bytes(), bits=bits, rules=ANYTHING)[0]
 
 
-def _read(path: Path) -> Any:
+def read_radiograph(data: bytes, *, bits: int, rules: Rules) -> tuple[np.ndarray, Header]:
+    """The image and the header of a DICOM file that keeps the rules.
+
+    Args:
+        data: The file's bytes.
+        bits: 8 or 16, the depth wanted.
+        rules: What is taken.
+
+    Raises:
+        Refused: it does not keep a rule, or cannot be read.
+    """
+    with warnings.catch_warnings():
+        # pydicom warns of every oddity of a header; what matters ends in a refusal.
+        warnings.simplefilter("ignore")
+        header = _parse(data, pixels=False)
+        _check(header, rules)
+        dataset = _parse(data, pixels=True)
+        if "PixelData" not in dataset:
+            raise Refused("no-pixels", "the file has no PixelData")
+        try:
+            grey = _grey(dataset, rules, 2**bits - 1)
+        except BROKEN as error:
+            raise Refused(*_why(dataset, error)) from None
+        return grey.astype(np.uint8 if bits == 8 else np.uint16), describe(header)
+
+
+def read_header(path: str | Path) -> Header | None:
+    """What the header of a DICOM file tells of the patient and the view; None of another file.
+
+    Raises:
+        Refused: the header cannot be read.
+    """
+    with place(path).open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = file.read(HEADER_BYTES)
+        if not is_dicom(data):
+            return None
+        try:
+            return describe(_parse(data, pixels=False))
+        except Refused:
+            return describe(_parse(data + file.read(), pixels=False))
+
+
+def describe(dataset: Any) -> Header:
+    """Patient, view, sex and age of a dataset; what it leaves out or garbles is None."""
+    age = re.fullmatch(r"0*(\d{1,3})([DWMY]?)", _text(dataset, "PatientAge"))
+    per_year = {"D": 365, "W": 52, "M": 12}
+    return Header(
+        patient_id=_text(dataset, "PatientID") or _text(dataset, "StudyInstanceUID") or None,
+        view=_text(dataset, "ViewPosition").upper() or None,
+        sex=_text(dataset, "PatientSex").upper()[:1] or None,
+        age=int(age[1]) // per_year.get(age[2], 1) if age else None,
+    )
+
+
+def _text(dataset: Any, tag: str) -> str:
+    """The text of a tag; empty where it is missing or garbled."""
     try:
-        return pydicom.dcmread(path)
+        return str(dataset.get(tag, "") or "").strip()
+    except BROKEN:
+        return ""
+
+
+def _parse(data: bytes, *, pixels: bool) -> Any:
+    try:
+        _bound_inflation(data)
+        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=not pixels)
     except InvalidDicomError:
         raise Refused("not-dicom", "no DICOM preamble") from None
-    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise Refused("unreadable", str(error).splitlines()[0]) from None
+    except BROKEN as error:
+        raise Refused("unreadable", _last_line(error)) from None
 
 
-def _check(dataset: Any) -> None:
-    """Refuse by the header what is no single grey image of a sane size."""
-    if "PixelData" not in dataset:
-        raise Refused("no-pixels", "the file has no PixelData")
-    syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-    if syntax is None:
+def _bound_inflation(data: bytes) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates without a bound."""
+    if len(data) < META_START or data[128:132] != b"DICM":
+        return
+    # The first element after the preamble is the length of what names the transfer syntax.
+    body = META_START + int(struct.unpack("<I", data[META_START - 4 : META_START])[0])
+    if DeflatedExplicitVRLittleEndian.encode() not in data[META_START:body]:
+        return
+    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[body:], MAX_INFLATED_BYTES)
+    if len(inflated) >= MAX_INFLATED_BYTES:
+        raise Refused("size", f"it inflates to more than {MAX_INFLATED_BYTES:,} bytes")
+
+
+def _check(dataset: Any, rules: Rules) -> None:
+    """Refuse by the header what is no single frontal chest radiograph of a sane size."""
+    if not _text(dataset.file_meta, "TransferSyntaxUID"):
         raise Refused("unreadable", "the file names no transfer syntax")
-    if UID(syntax).is_compressed and not UID(syntax).is_deflated:
-        raise Refused("compressed", f"{UID(syntax).name} is not supported yet")
-    if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
-        raise Refused("multi-frame", f"{dataset.NumberOfFrames} frames")
-    if int(dataset.get("SamplesPerPixel", 1)) != 1:
-        raise Refused("not-grey", f"{dataset.SamplesPerPixel} samples a pixel")
-    rows, columns = int(dataset.get("Rows", 0)), int(dataset.get("Columns", 0))
-    if not 0 < rows * columns <= MAX_PIXELS:
-        raise Refused("size", f"{rows} x {columns} pixels")
+    modality = _text(dataset, "Modality").upper()
+    if rules.modalities and modality and modality not in rules.modalities:
+        raise Refused("modality", f"the modality is {modality}")
+    part = _text(dataset, "BodyPartExamined").upper()
+    if rules.body_parts and part and not any(word in part for word in rules.body_parts):
+        raise Refused("body-part", f"the body part is {part}")
+    if not rules.lateral and _lateral(dataset):
+        raise Refused("lateral", "the view is lateral")
+    intent = _text(dataset, "PresentationIntentType").upper()
+    if not rules.for_processing and intent == "FOR PROCESSING":
+        raise Refused("for-processing", "it is a raw image, not meant to be looked at")
+    if not rules.burned_in and _text(dataset, "BurnedInAnnotation").upper() == "YES":
+        raise Refused("burned-in", "it says that annotations are burned into it")
+    try:
+        frames = int(dataset.get("NumberOfFrames", 1) or 1)
+        samples = int(dataset.get("SamplesPerPixel", 1))
+        rows, columns = int(dataset.get("Rows", 0)), int(dataset.get("Columns", 0))
+    except BROKEN:
+        raise Refused("unreadable", "its size is not a number") from None
+    if frames > 1:
+        raise Refused("multi-frame", f"{frames} frames")
+    if samples not in (1, 3):
+        raise Refused("not-grey", f"{samples} samples a pixel")
+    if not rows * columns:
+        raise Refused("no-pixels", f"{rows} x {columns} pixels")
+    if rows * columns > MAX_PIXELS:
+        raise Refused("size", f"{rows} x {columns} pixels are too many")
 
 
-def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray:
-    """The first VOI LUT or window applied, float64 in [0, 1]."""
-    seen = apply_voi_lut(values, dataset, index=0).astype(np.float64)
-    if "VOILUTSequence" in dataset:
-        depth = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        return _stretched(seen, 0, 2 ** int(depth) - 1)
+def _lateral(dataset: Any) -> bool:
+    """Whether a file says that its view is from the side."""
+    view = _text(dataset, "ViewPosition").upper()
+    if view:
+        return view in ("LL", "RL", "LLO", "RLO", "LAO", "RAO") or view.startswith("LAT")
+    try:
+        words = [_text(code, "CodeMeaning") for code in dataset.get("ViewCodeSequence") or []]
+    except BROKEN:
+        words = []
+    words.append(_text(dataset, "SeriesDescription"))
+    return any(re.search(r"\blat(eral)?\b", text, re.IGNORECASE) for text in words)
+
+
+def _grey(dataset: Any, rules: Rules, top: int) -> np.ndarray:
+    """The values to show, integers [H, W] from 0 to `top`."""
+    pixels = dataset.pixel_array
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, dataset)
+        return _luma(pixels, 8 * pixels.itemsize, top)
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        return _luma(pixels, int(dataset.BitsStored), top)
+    if pixels.ndim != 2:
+        raise Refused("not-grey", f"pixels of shape {pixels.shape}")
+    # Every transform is one of values: it is made once for each value that occurs, not a pixel.
+    pixels = _used_bits(pixels, dataset).astype(np.int64)
+    low = int(pixels.min())
+    places = pixels - low
+    counts = np.bincount(places.reshape(-1))
+    table = _shown(np.arange(low, low + len(counts)), counts, dataset, rules.window)
+    if not np.isfinite(table).all():
+        raise Refused("undecodable", "its transforms give values that are no numbers")
+    shown: np.ndarray = np.round(table * top).astype(np.uint16)[places]
+    return shown
+
+
+def _shown(values: np.ndarray, counts: np.ndarray, dataset: Any, window: int) -> np.ndarray:
+    """How bright each stored value is shown, float64 [n] in [0, 1].
+
+    Args:
+        values: Stored values, ascending, int64 [n].
+        counts: How many pixels have each, [n].
+        dataset: The file.
+        window: Which window or VOI LUT is taken.
+    """
+    padding = _padding(values, dataset)
+    modality = apply_modality_lut(values, dataset)
+    shown = _windowed(modality, dataset, window)
+    if shown is None:
+        inside = counts * ~padding if (counts * ~padding).any() else counts
+        shown = _stretched(modality.astype(np.float64), *_percentiles(modality, inside))
+    if _inverted(dataset):
+        shown = 1 - shown
+    return np.where(padding, 0.0, shown)
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """`PERCENTILES` of an image by its histogram."""
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(counts[order]) / counts.sum()
+    low, high = (values[order][np.searchsorted(reached, p / 100)] for p in PERCENTILES)
+    return float(low), float(high)
+
+
+def _luma(pixels: np.ndarray, bits: int, top: int) -> np.ndarray:
+    """RGB to grey, integers [H, W] from 0 to `top`."""
+    grey = np.clip(pixels.astype(np.float64) @ np.array(LUMA) / (2**bits - 1), 0, 1)
+    return np.asarray(np.round(grey * top).astype(np.uint16))
+
+
+def _used_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """The stored bits alone: older files keep overlays in the bits above them."""
+    unused = 8 * pixels.itemsize - int(dataset.BitsStored)
+    if UID(dataset.file_meta.TransferSyntaxUID).is_encapsulated or unused <= 0:
+        return pixels
+    # Shifting up and down again drops them, and carries the sign of signed values.
+    return (pixels << unused) >> unused
+
+
+def _padding(values: np.ndarray, dataset: Any) -> np.ndarray:
+    """Which stored values say that the detector saw nothing there, bool [n]."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(len(values), bool)
+    low, high = sorted((int(value), int(dataset.get("PixelPaddingRangeLimit", value))))
+    return np.asarray((values >= low) & (values <= high))
+
+
+def _windowed(values: np.ndarray, dataset: Any, index: int) -> np.ndarray | None:
+    """The VOI LUT or window applied, float64 in [0, 1]; None where there is none that works."""
+    luts = dataset.get("VOILUTSequence")
+    if luts:
+        chosen = min(index, len(luts) - 1)
+        entries, lowest, depth = (int(number) for number in luts[chosen].LUTDescriptor)
+        # pydicom indexes a table of 8-bit values with 8 bits, which wraps: called 16, it does not.
+        luts[chosen].LUTDescriptor = [entries, lowest, max(depth, 16)]
+        whole = np.round(values).astype(np.int64)
+        seen = apply_voi_lut(whole, dataset, index=chosen).astype(np.float64)
+        return _stretched(seen, 0, 2**depth - 1)
+    centers, widths = (_numbers(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if not centers or not widths:
+        return None
+    chosen = min(index, len(centers) - 1, len(widths) - 1)
+    linear = _text(dataset, "VOILUTFunction").upper() in ("", "LINEAR")
+    if not widths[chosen] >= (1 if linear else 1e-9) or not np.isfinite(centers[chosen]):
+        return None
     # pydicom's window reaches over the range that the stored bits have after the modality LUT.
-    low, high = _range(dataset)
-    return _stretched(seen, low, high)
+    seen = apply_voi_lut(values, dataset, index=chosen, prefer_lut=False).astype(np.float64)
+    return _stretched(seen, *_range(dataset))
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a tag that holds one or several."""
+    if value is None or value == "":
+        return []
+    many = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [float(one) for one in many]
 
 
 def _range(dataset: Any) -> tuple[float, float]:
@@ -104,7 +360,7 @@ def _range(dataset: Any) -> tuple[float, float]:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     else:
         low, high = 0, 2**bits - 1
-    if "ModalityLUTSequence" in dataset:
+    if dataset.get("ModalityLUTSequence"):
         return 0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     slope = float(dataset.get("RescaleSlope", 1) or 1)
     intercept = float(dataset.get("RescaleIntercept", 0) or 0)
@@ -118,7 +374,25 @@ def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _inverted(dataset: Any) -> bool:
     """Whether small stored values are bright: by interpretation, or by presentation."""
-    monochrome1 = str(dataset.get("PhotometricInterpretation", "")) == "MONOCHROME1"
-    shape = str(dataset.get("PresentationLUTShape", "")).upper()
+    monochrome1 = _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
+    shape = _text(dataset, "PresentationLUTShape").upper()
     # MONOCHROME1 images say INVERSE too: the two name one inversion.
     return monochrome1 or shape == "INVERSE"
+
+
+def _why(dataset: Any, error: Exception) -> tuple[str, str]:
+    """The code and the words of a file whose pixels cannot be had."""
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    if "missing" in str(error) and syntax.is_compressed:
+        return (
+            "no-decoder",
+            f"no decoder for {syntax.name} is installed; decompress the file, "
+            "as with dcmdjpeg or gdcmconv --raw",
+        )
+    return "undecodable", _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    """What an exception says at last: pydicom puts the cause of each decoder below it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]

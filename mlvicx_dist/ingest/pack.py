@@ -2,7 +2,8 @@
 
 The plan orders records by key, which mixes patients and classes, and cuts each split into shards.
 A shard's content is a pure function of its records and the settings. A finished shard leaves a note
-in `.packing/`, so a second start goes on where a killed one stopped; the manifest comes last.
+in `.packing/`, so a second start goes on where a killed one stopped; the manifest comes last. A
+folder that is whole but for some shards is mended by the same call: it packs these alone.
 """
 
 from __future__ import annotations
@@ -12,63 +13,85 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlvicx_dist
 from mlvicx_dist.errors import DataError, TooManyRefusedError
-from mlvicx_dist.ingest.pixels import Format, store
+from mlvicx_dist.ingest import leaks
+from mlvicx_dist.ingest.dicom import Rules
+from mlvicx_dist.ingest.masks import decode_runs, stored_mask
+from mlvicx_dist.ingest.pixels import Format, Stored, store
 from mlvicx_dist.ingest.record import Record, patient_key, salt_digest, sample_json, sample_key
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import (
     MANIFEST,
     Manifest,
     ShardInfo,
+    index_path,
     read_manifest,
     write_manifest,
     write_shard,
-    write_whole,
 )
 from mlvicx_dist.ingest.splits import Fractions, assign
 from mlvicx_dist.progress import Progress
+from mlvicx_dist.session import in_parallel
+from mlvicx_dist.storage import is_local, place, read_bytes, write_whole
 
 log = logging.getLogger(__name__)
 
 NOTES = ".packing"
-REFUSED = "refused.csv"
+MOST_SAMPLES, FEWEST_SAMPLES, SHARDS = 2048, 64, 16
+"""A shard holds at most so many samples, and of a small set so few that there are 16 shards."""
+NearDuplicates = Literal["error", "drop", "allow"]
 Refusal = tuple[str, str, str]
 """Path, code and detail of a file that is left out."""
 
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What decides the bytes of the shards."""
+    """What decides the bytes of the shards.
+
+    Attributes:
+        short_side_px: Of the stored images.
+        format: JPEG, or PNG of 8 or 16 bits.
+        quality: Of JPEG.
+        samples_per_shard: None: by the number of images, at most 2048.
+        fractions: Parts of the patients in train, val and test.
+        official_splits: Whether a record's own split is kept.
+        smallest_side_px: An image with a shorter side is refused.
+        near_duplicates: Copies of one image in two splits stop the packing, or the one in the
+            earlier split (train before val before test) is left out, or they stay.
+        rules: What a DICOM file must keep.
+    """
 
     short_side_px: int = 256
     format: Format = "jpeg"
     quality: int = 95
-    samples_per_shard: int = 2048
+    samples_per_shard: int | None = None
     fractions: Fractions = field(default_factory=Fractions)
     official_splits: bool = True
+    smallest_side_px: int = 32
+    near_duplicates: NearDuplicates = "error"
+    rules: Rules = field(default_factory=Rules)
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """Everything that one shard is made of."""
 
-    out: Path
+    out: Any
     name: str
     split: str
     records: tuple[Record, ...]
     classes: tuple[str, ...]
     settings: PackSettings
     salt: bytes
+    dropped: frozenset[str] = frozenset()
+    """Keys of images that are left out as copies of others."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +111,11 @@ class PackReport:
 
 def pack(
     records: Sequence[Record],
-    out: Path,
+    out: str | Path,
     *,
     settings: PackSettings,
     salt: bytes,
-    workers: int = 1,
+    workers: int | None = 1,
     max_refused: float = 0.05,
     progress: Progress | None = None,
 ) -> PackReport:
@@ -100,54 +123,46 @@ def pack(
 
     Args:
         records: The images; each (source, image_id) once.
-        out: The folder of the shards.
+        out: The folder of the shards, local or remote.
         settings: What decides their bytes.
         salt: The owner's salt.
-        workers: Processes.
+        workers: Ray tasks at once; None: as many as there are cores. 1 needs no Ray.
         max_refused: The largest part of the files that may be left out.
         progress: Counts images.
 
     Raises:
-        DataError: nothing to pack, another packing in the folder, no space, no rights.
+        DataError: nothing to pack, another packing in the folder, copies of one image in two
+            splits, no space, no rights.
         TooManyRefusedError: more files than `max_refused` cannot be read; no manifest is written.
     """
-    tasks = plan(records, out, settings=settings, salt=salt)
+    folder = place(out)
+    tasks = plan(records, folder, settings=settings, salt=salt)
     digest = _digest(tasks)
     try:
-        finished = _finished(out, digest)
-        if finished:
-            return finished
-        notes = _open_notes(out, digest)
+        if (folder / MANIFEST).exists():
+            return _mended(tasks, digest, workers, progress)
+        notes = _open_notes(folder, digest)
         done = {task.name: note for task in tasks if (note := _note(notes, task))}
         if progress:
             progress.skip(sum(len(task.records) for task in tasks if task.name in done))
         todo = [task for task in tasks if task.name not in done]
-        for task, note in _run(todo, workers):
-            done[task.name] = note
-            write_whole(notes / f"{task.name}.json", json.dumps(note).encode())
-            if progress:
-                progress.advance(len(task.records))
+        _pack_all(todo, done, notes, workers, progress)
+        _leave_out_copies(tasks, done, notes, workers)
         refused = tuple(tuple(row) for task in tasks for row in done[task.name]["refused"])
-        _write_refused(out / REFUSED, refused)
-        if len(refused) > max_refused * len(records):
-            raise TooManyRefusedError(
-                f"{out}: {len(refused)} of {len(records)} files cannot be packed "
-                f"({_words(refused)}); see {out / REFUSED}, and mend them or allow more with "
-                "--max-refused."
-            )
-        manifest = _manifest(tasks, done, digest)
-        write_manifest(manifest)
-        shutil.rmtree(notes)
+        _write_refused(report_path(folder, "refused"), refused)
+        _check_refused(folder, refused, len(records), max_refused)
+        write_manifest(_manifest(tasks, done, digest))
+        _remove(notes)
     except OSError as error:
         raise DataError(
-            f"{out}: packing stopped ({error.strerror}); make room or mend the folder's rights and "
-            "run the same command again: finished shards are kept."
+            f"{out}: packing stopped ({error.strerror or error}); make room or mend the folder's "
+            "rights and run the same command again: finished shards are kept."
         ) from None
-    return PackReport(read_manifest(out), refused, len(todo), len(tasks) - len(todo))
+    return PackReport(read_manifest(folder), refused, len(todo), len(tasks) - len(todo))
 
 
 def plan(
-    records: Sequence[Record], out: Path, *, settings: PackSettings, salt: bytes
+    records: Sequence[Record], out: Any, *, settings: PackSettings, salt: bytes
 ) -> list[ShardTask]:
     """Which record goes into which shard: by split, in the order of the keys."""
     if not records:
@@ -160,101 +175,229 @@ def plan(
     if len(set(keys)) < len(keys):
         raise DataError(f"{out}: an image is listed twice; remove the repetition from the source.")
     classes = tuple(dict.fromkeys(name for record in records for name in record.labels))
-    tasks = []
-    for split in dict.fromkeys(split for split, _, _ in keyed):
-        members = [record for s, _, record in keyed if s == split]
-        for number, start in enumerate(range(0, len(members), settings.samples_per_shard)):
-            part = tuple(members[start : start + settings.samples_per_shard])
-            name = f"{split}-{number:06d}.tar"
-            tasks.append(ShardTask(out, name, split, part, classes, settings, salt))
-    return tasks
+    members: dict[str, list[Record]] = defaultdict(list)
+    for split, _, record in keyed:
+        members[split].append(record)
+    most = settings.samples_per_shard or min(
+        MOST_SAMPLES, max(FEWEST_SAMPLES, -(-len(records) // SHARDS))
+    )
+    return [
+        ShardTask(out, f"{split}-{number:06d}.tar", split, tuple(part), classes, settings, salt)
+        for split, chosen in members.items()
+        for number, part in enumerate(chosen[i : i + most] for i in range(0, len(chosen), most))
+    ]
 
 
 def pack_shard(task: ShardTask) -> dict[str, Any]:
-    """Write one shard; the note of what is in it. A later scheduler runs just this elsewhere."""
-    refused: list[Refusal] = []
-    sources: Counter[str] = Counter()
-    path = task.out / task.name
-    count = write_shard(path, _samples(task, refused, sources))
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    info = ShardInfo(task.name, task.split, count, path.stat().st_size, sha256)
-    return {"shard": asdict(info), "sources": sources, "refused": refused}
+    """Write one shard; the note of what is in it. This is what a Ray task runs."""
+    note: dict[str, Any] = {
+        "sources": Counter(),
+        "refused": [],
+        "dropped": [],
+        "hashes": [],
+        "bytes_read": 0,
+    }
+    info = write_shard(task.out / task.name, _samples(task, note), split=task.split)
+    return {"shard": asdict(info), **note}
 
 
-def _samples(
-    task: ShardTask, refused: list[Refusal], sources: Counter[str]
-) -> Iterator[dict[str, Any]]:
-    settings = task.settings
+def report_path(out: Any, kind: str) -> Path:
+    """Where a report on a packing stands: beside its folder, on this machine.
+
+    Reports hold paths, which may name patients: they never travel with the shards.
+    """
+    parent = out.parent if is_local(out) else Path.cwd()
+    return Path(parent / f"{out.name}.{kind}.csv")
+
+
+def _samples(task: ShardTask, note: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for record in task.records:
+        key = sample_key(task.salt, record.source, record.image_id)
         try:
-            image = store(
-                record.path,
-                short_side_px=settings.short_side_px,
-                format=settings.format,
-                quality=settings.quality,
-            )
+            if key in task.dropped:
+                note["dropped"].append(key)
+                raise Refused("near-duplicate", "a copy of it is in a later split")
+            sample, phash, size = _sample(task, record)
         except Refused as refusal:
-            refused.append((str(record.path), refusal.code, refusal.detail))
+            note["refused"].append((record.path, refusal.code, refusal.detail))
             continue
-        description = sample_json(
+        note["sources"][record.source] += 1
+        note["hashes"].append((key, phash))
+        note["bytes_read"] += size
+        yield {"__key__": key, **sample}
+
+
+def _sample(task: ShardTask, record: Record) -> tuple[dict[str, bytes], str, int]:
+    """The members of a sample, its perceptual hash, and how many bytes were read for it.
+
+    Raises:
+        Refused: the file cannot be read, or is no frontal chest radiograph.
+    """
+    settings = task.settings
+    data = _read(record.path)
+    image = store(
+        data,
+        short_side_px=settings.short_side_px,
+        format=settings.format,
+        quality=settings.quality,
+        smallest_side_px=settings.smallest_side_px,
+        rules=settings.rules,
+    )
+    if image.header:
+        record = replace(
             record,
-            patient=patient_key(task.salt, record.source, record.patient_id),
-            split=task.split,
-            classes=task.classes,
-            scale=image.scale,
-            phash=image.phash,
+            view=record.view or image.header.view,
+            sex=record.sex or image.header.sex,
+            age=image.header.age if record.age is None else record.age,
         )
-        sources[record.source] += 1
-        yield {
-            "__key__": sample_key(task.salt, record.source, record.image_id),
-            image.suffix: image.data,
-            "json": json.dumps(description, sort_keys=True).encode(),
-        }
+    description = sample_json(
+        record,
+        patient=patient_key(task.salt, record.source, record.patient_id),
+        split=task.split,
+        classes=task.classes,
+        scale=image.scale,
+        phash=image.phash,
+    )
+    members = {image.suffix: image.data, "json": json.dumps(description, sort_keys=True).encode()}
+    if record.mask is not None:
+        members["mask.png"] = _mask(record, image)
+    return members, image.phash, len(data)
 
 
-def _run(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task, pack_shard(task)
+def _read(path: str) -> bytes:
+    try:
+        return read_bytes(place(path))
+    except FileNotFoundError:
+        raise Refused("missing", "the file is gone") from None
+    except OSError as error:
+        raise Refused("unreadable", error.strerror or str(error)) from None
+
+
+def _mask(record: Record, image: Stored) -> bytes:
+    assert record.mask is not None
+    mask = decode_runs(record.mask)
+    if mask.shape[::-1] != image.original:
+        height, width = mask.shape
+        raise Refused(
+            "mask-size",
+            f"the mask is {width} x {height}, the image {image.original[0]} x {image.original[1]}",
+        )
+    return stored_mask(mask, image.size)
+
+
+def _pack_all(
+    tasks: Iterable[ShardTask],
+    done: dict[str, dict[str, Any]],
+    notes: Any,
+    workers: int | None,
+    progress: Progress | None,
+) -> None:
+    """Pack shards and keep their notes."""
+    tasks = list(tasks)
+    read = 0
+    for task, note in in_parallel(pack_shard, tasks, workers=1 if len(tasks) < 2 else workers):
+        done[task.name] = note
+        write_whole(notes / f"{task.name}.json", json.dumps(note).encode())
+        read += note["bytes_read"]
+        if progress:
+            progress.advance(len(task.records), f"{read / 1e6 / progress.elapsed_s:.3g} MB/s read")
+
+
+def _leave_out_copies(
+    tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], notes: Any, workers: int | None
+) -> None:
+    """Look for copies of one image in two splits, and pack again without them where asked.
+
+    Raises:
+        DataError: there are copies, and they are neither dropped nor allowed.
+    """
+    out, settings = tasks[0].out, tasks[0].settings
+    if settings.near_duplicates == "allow":
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-        futures = {pool.submit(pack_shard, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    found = leaks.find_leaks(
+        [
+            leaks.Hashed(key, task.split, phash)
+            for task in tasks
+            for key, phash in done[task.name]["hashes"]
+        ]
+    )
+    if not found:
+        return
+    report = report_path(out, "leaks")
+    write_whole(report, leaks.as_csv(found), mode=0o600)
+    if settings.near_duplicates == "error":
+        raise DataError(
+            f"{out}: {len(found)} pairs of images in different splits are copies of one "
+            f"({leaks.words(found)}); look at {report}, then leave out the earlier of each with "
+            "--near-duplicates drop, or keep them with --near-duplicates allow."
+        )
+    dropped = frozenset(leak.first.key for leak in found)
+    again = [
+        replace(task, dropped=dropped)
+        for task in tasks
+        if dropped & {key for key, _ in done[task.name]["hashes"]}
+    ]
+    _pack_all(again, done, notes, workers, None)
 
 
 def _digest(tasks: Sequence[ShardTask]) -> str:
     """What is packed and how; not where from, so that a source may be mounted elsewhere."""
-    sha = hashlib.sha256(mlvicx_dist.__version__.encode())
+    settings = {**asdict(tasks[0].settings), "near_duplicates": None}
+    sha = hashlib.sha256(f"{mlvicx_dist.__version__}{settings}{tasks[0].classes}".encode())
+    sha.update(salt_digest(tasks[0].salt).encode())
+    names = [f.name for f in fields(Record) if f.name != "path"]
     for task in tasks:
-        sha.update(f"{task.name}{task.settings}{task.classes}{salt_digest(task.salt)}".encode())
+        sha.update(task.name.encode())
         for record in task.records:
-            fields = {**vars(record), "path": record.path.name}
-            sha.update(repr(fields).encode())
+            sha.update(repr([getattr(record, name) for name in names]).encode())
     return sha.hexdigest()
 
 
-def _finished(out: Path, digest: str) -> PackReport | None:
-    """The report of a packing that was ended before, where it is the same one."""
-    if not (out / MANIFEST).exists():
-        return None
-    manifest = read_manifest(out)
+def _mended(
+    tasks: Sequence[ShardTask], digest: str, workers: int | None, progress: Progress | None
+) -> PackReport:
+    """The report of a packing that was ended before; shards that are gone are packed again.
+
+    Raises:
+        DataError: the folder holds another packing, or a source file has changed.
+    """
+    manifest = read_manifest(tasks[0].out)
     if manifest.settings.get("plan") != digest:
         raise DataError(
-            f"{out}: other images, settings or another salt were packed there; "
+            f"{manifest.folder}: other images, settings or another salt were packed there; "
             "choose another --out."
         )
-    with (out / REFUSED).open(encoding="utf-8", newline="") as file:
-        refused = tuple(tuple(row) for row in csv.reader(file))[1:]
-    return PackReport(manifest, refused, 0, len(manifest.shards), already_packed=True)  # type: ignore[arg-type]
+    infos = {shard.name: shard for shard in manifest.shards}
+    dropped = frozenset(manifest.settings["dropped"])
+    gone = [
+        replace(task, dropped=dropped)
+        for task in tasks
+        if not _there(manifest.folder, infos[task.name])
+    ]
+    if progress:
+        progress.skip(sum(len(task.records) for task in tasks) - sum(len(t.records) for t in gone))
+    for task, note in in_parallel(pack_shard, gone, workers=1 if len(gone) < 2 else workers):
+        if note["shard"]["sha256"] != infos[task.name].sha256:
+            (task.out / task.name).unlink()
+            raise DataError(
+                f"{task.out / task.name}: packed again it is not what it was, so a file of the "
+                "source or a library has changed; pack into another --out."
+            )
+        if progress:
+            progress.advance(len(task.records))
+    kept = len(tasks) - len(gone)
+    return PackReport(manifest, (), len(gone), kept, already_packed=not gone)
 
 
-def _open_notes(out: Path, digest: str) -> Path:
+def _there(folder: Any, info: ShardInfo) -> bool:
+    """Whether a shard and its index are there, the shard of the right size."""
+    shard = folder / info.name
+    return bool(
+        shard.exists() and shard.stat().st_size == info.bytes and index_path(shard).exists()
+    )
+
+
+def _open_notes(out: Any, digest: str) -> Any:
     notes = out / NOTES
     notes.mkdir(parents=True, exist_ok=True)
     plan_file = notes / "plan"
@@ -264,20 +407,26 @@ def _open_notes(out: Path, digest: str) -> Path:
             f"finish that one, remove {out}, or choose another --out."
         )
     write_whole(plan_file, digest.encode())
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
+    for leftover in out.glob(".*.partial") if is_local(out) else ():
+        leftover.unlink(missing_ok=True)
     return notes
 
 
-def _note(notes: Path, task: ShardTask) -> dict[str, Any] | None:
+def _note(notes: Any, task: ShardTask) -> dict[str, Any] | None:
     """The note of a finished shard whose bytes are still those that were written."""
+    path = task.out / task.name
     try:
         note: dict[str, Any] = json.loads((notes / f"{task.name}.json").read_text())
-        with (task.out / task.name).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == note["shard"]["sha256"]
-    except (OSError, ValueError, KeyError):
+        info = ShardInfo(**note["shard"])
+        if not _there(task.out, info):
+            return None
+        if is_local(path):  # an object of a store was put whole
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                    return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return note if same else None
+    return note
 
 
 def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], digest: str) -> Manifest:
@@ -287,6 +436,7 @@ def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], diges
     for shard in shards:
         splits[shard.split] += shard.samples
         sources.update(done[shard.name]["sources"])
+    dropped = sorted(key for task in tasks for key in done[task.name]["dropped"])
     task = tasks[0]
     return Manifest(
         folder=task.out,
@@ -294,10 +444,20 @@ def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], diges
         classes=task.classes,
         splits=dict(splits),
         sources=dict(sources),
-        settings={**asdict(task.settings), "plan": digest},
+        settings={**asdict(task.settings), "plan": digest, "dropped": dropped},
         salt_digest=salt_digest(task.salt),
         version=mlvicx_dist.__version__,
     )
+
+
+def _check_refused(out: Any, refused: Sequence[Refusal], count: int, max_refused: float) -> None:
+    if len(refused) > max_refused * count:
+        counts = Counter(code for _, code, _ in refused).most_common(4)
+        raise TooManyRefusedError(
+            f"{out}: {len(refused)} of {count} files cannot be packed "
+            f"({', '.join(f'{code} {n}' for code, n in counts)}); see "
+            f"{report_path(out, 'refused')}, and mend them or allow more with --max-refused."
+        )
 
 
 def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:
@@ -307,6 +467,8 @@ def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:
     write_whole(path, buffer.getvalue().encode(), mode=0o600)
 
 
-def _words(refused: Sequence[Refusal]) -> str:
-    counts = Counter(code for _, code, _ in refused)
-    return ", ".join(f"{code} {count}" for code, count in counts.most_common(4))
+def _remove(notes: Any) -> None:
+    for path in list(notes.iterdir()):
+        path.unlink()
+    if is_local(notes):
+        notes.rmdir()

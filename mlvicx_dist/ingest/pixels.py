@@ -1,22 +1,21 @@
-"""From an image file to the bytes that are stored: read grey, resize, encode, hash."""
+"""From the bytes of an image file to those that are stored: read grey, resize, encode, hash."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mlvicx_dist.ingest.dicom import is_dicom, read_grey
+from mlvicx_dist.ingest.dicom import ANYTHING, Header, Rules, is_dicom, read_radiograph
+from mlvicx_dist.ingest.phash import perceptual_hash
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
 
 Format = Literal["jpeg", "png8", "png16"]
-SMALLEST_SIDE_PX = 32
 
 
 @dataclass(frozen=True)
@@ -26,27 +25,52 @@ class Stored:
     Attributes:
         suffix: jpg or png.
         data: Its bytes.
-        scale: Stored pixels over original pixels.
-        phash: Perceptual hash, 16 hexadecimal digits.
+        size: (width, height) of the stored image in pixels.
+        original: The same of the file's image.
+        phash: Perceptual hash, 64 hexadecimal digits.
+        header: What a DICOM header told; None for other files.
     """
 
     suffix: str
     data: bytes
-    scale: float
+    size: tuple[int, int]
+    original: tuple[int, int]
     phash: str
+    header: Header | None
+
+    @property
+    def scale(self) -> float:
+        """Stored pixels over original pixels."""
+        return self.size[0] / self.original[0]
 
 
-def store(path: Path, *, short_side_px: int, format: Format, quality: int) -> Stored:
+def store(
+    data: bytes,
+    *,
+    short_side_px: int,
+    format: Format,
+    quality: int,
+    smallest_side_px: int,
+    rules: Rules = ANYTHING,
+) -> Stored:
     """Read, resize so that the short side is at most `short_side_px`, and encode an image.
+
+    Args:
+        data: The bytes of a DICOM or image file.
+        short_side_px: Of the stored image; a smaller image stays as it is.
+        format: JPEG, or PNG of 8 or 16 bits.
+        quality: Of JPEG.
+        smallest_side_px: An image with a shorter side is refused.
+        rules: What a DICOM file must keep.
 
     Raises:
         Refused: the file cannot be read as a radiograph.
     """
-    image = read_image(path, bits=16 if format == "png16" else 8)
-    short = min(image.size)
-    if short < SMALLEST_SIDE_PX:
-        raise Refused("size", f"{image.width} x {image.height} pixels are too few")
-    scale = min(1.0, short_side_px / short)
+    image, header = read_image(data, bits=16 if format == "png16" else 8, rules=rules)
+    original = image.size
+    if min(original) < smallest_side_px:
+        raise Refused("small", f"{image.width} x {image.height} pixels are too few")
+    scale = min(1.0, short_side_px / min(original))
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
@@ -59,35 +83,37 @@ def store(path: Path, *, short_side_px: int, format: Format, quality: int) -> St
         values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
         Image.fromarray(values).save(buffer, "PNG")
     suffix = "jpg" if format == "jpeg" else "png"
-    return Stored(suffix, buffer.getvalue(), scale, difference_hash(image))
+    hashed = perceptual_hash(image)
+    return Stored(suffix, buffer.getvalue(), image.size, original, hashed, header)
 
 
-def read_image(path: Path, *, bits: int = 8) -> Image.Image:
-    """A DICOM or image file as a grey picture.
+def read_image(
+    data: bytes, *, bits: int = 8, rules: Rules = ANYTHING
+) -> tuple[Image.Image, Header | None]:
+    """The bytes of a DICOM or image file as a grey picture, and a DICOM file's header.
 
     Args:
-        path: The file.
+        data: The bytes.
         bits: 8 gives mode L; 16 gives mode F with values 0 to 65535, which resizes exactly.
+        rules: What a DICOM file must keep.
 
     Raises:
         Refused: it cannot be read.
     """
+    if is_dicom(data):
+        values, header = read_radiograph(data, bits=bits, rules=rules)
+        return Image.fromarray(values if bits == 8 else values.astype(np.float32)), header
     try:
-        if is_dicom(path):
-            values = read_grey(path, bits)
-            return Image.fromarray(values if bits == 8 else values.astype(np.float32))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Refused("size", f"{image.width} x {image.height} pixels are too many")
                 if getattr(image, "n_frames", 1) > 1:
                     raise Refused("multi-frame", f"{getattr(image, 'n_frames', 1)} frames")
-                return _grey(ImageOps.exif_transpose(image), bits)
+                return _grey(ImageOps.exif_transpose(image), bits), None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Refused("size", str(error).split(",")[0]) from None
-    except FileNotFoundError:
-        raise Refused("missing", "the file is gone") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Refused("unreadable", reason.splitlines()[0]) from None
@@ -106,10 +132,3 @@ def _grey(image: Image.Image, bits: int) -> Image.Image:
     if bits == 8:
         return grey
     return Image.fromarray(np.asarray(grey).astype(np.float32) * 257)
-
-
-def difference_hash(image: Image.Image) -> str:
-    """dHash: which of two neighbours is brighter in a 9 x 8 thumbnail; 16 hexadecimal digits."""
-    small = np.asarray(image.resize((9, 8), Image.Resampling.BOX), dtype=np.float32)
-    bits = np.packbits(small[:, 1:] > small[:, :-1])
-    return bits.tobytes().hex()

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.masks import RunLengths
 
 KEY_BYTES = 16
+VIEWS = ("PA", "AP", "LL", "RL", "LATERAL")
+"""What a shard says of a view; whatever else a table or a header holds stays there."""
 OLDEST_AGE = 89
 ALLOWED_KEYS = ("source", "patient", "split", "view", "sex", "age", "labels", "boxes", "phash")
 """What the JSON of a sample may hold, and nothing else (DESIGN 5)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
     """A finding's place in pixels of the image that it belongs to."""
 
@@ -37,13 +40,16 @@ class Box:
 _SIDES = ("left", "top", "right", "bottom")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One image as a source lists it; `image_id` and `patient_id` are in clear and stay here."""
+    """One image as a source lists it; `image_id` and `patient_id` are in clear and stay here.
+
+    `path` is a path or a URL. View, sex and age that are None are taken from a DICOM header.
+    """
 
     source: str
     image_id: str
-    path: Path
+    path: str
     patient_id: str
     labels: Mapping[str, int | None]
     split: str | None = None
@@ -51,6 +57,7 @@ class Record:
     sex: str | None = None
     age: int | None = None
     boxes: tuple[Box, ...] = ()
+    mask: RunLengths | None = None
 
 
 def sample_key(salt: bytes, source: str, image_id: str) -> str:
@@ -120,14 +127,15 @@ def sample_json(
         split: The split that it is in.
         classes: Class names in order; a class that the record does not name is null.
         scale: Stored pixels over original pixels, for the boxes.
-        phash: Perceptual hash, 16 hexadecimal digits.
+        phash: Perceptual hash, 64 hexadecimal digits.
     """
     age = record.age
+    view = (record.view or "").upper().split(" ")[0]
     return {
         "source": record.source,
         "patient": patient,
         "split": split,
-        "view": record.view,
+        "view": view if view in VIEWS else None,
         "sex": record.sex if record.sex in ("F", "M") else None,
         "age": min(age, OLDEST_AGE) if age is not None and 0 <= age <= 130 else None,
         "labels": {name: record.labels.get(name) for name in classes},

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.storage import becoming, place, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,7 +36,8 @@ NUMBERS = (
     "mask_offset",
     "mask_size",
 )
-INDEX_DTYPE = np.dtype([("key", "S32"), *((name, "<i8") for name in NUMBERS)])
+KEY_LENGTH = 32
+INDEX_DTYPE = np.dtype([("key", f"S{KEY_LENGTH}"), *((name, "<i8") for name in NUMBERS)])
 """One row a sample; the mask's numbers are 0 where there is none."""
 
 
@@ -53,9 +54,9 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards, whole."""
+    """A folder of shards, whole; `folder` is a path, local or remote."""
 
-    folder: Path
+    folder: Any
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
     splits: Mapping[str, int]
@@ -73,13 +74,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         DataError: the folder is missing, not packed to the end, damaged or from a newer version.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
-        )
+    there = place(folder)
+    path = there / MANIFEST
     if not path.exists():
+        if not there.is_dir():
+            raise DataError(
+                f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
+            )
         raise DataError(
             f"{folder}: there is no {MANIFEST} in it; if its packing was stopped, run the same "
             "sharding command again to finish it."
@@ -93,7 +94,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 "install that version or a later one."
             )
         return Manifest(
-            folder=folder,
+            folder=there,
             shards=tuple(ShardInfo(**shard) for shard in tree["shards"]),
             classes=tuple(tree["classes"]),
             splits=tree["splits"],
@@ -111,77 +112,75 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def write_manifest(manifest: Manifest) -> None:
     """Write the manifest; the same shards give the same bytes."""
-    tree = asdict(manifest)
+    tree = asdict(replace(manifest, folder=None))
     del tree["folder"], tree["digest"]
     text = json.dumps({"format": FORMAT, **tree}, indent=1, sort_keys=True) + "\n"
     write_whole(manifest.folder / MANIFEST, text.encode())
 
 
-def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> int:
-    """Write samples (`__key__`, `jpg` or `png`, `json`) as a tar and its index; their number.
+def write_shard(path: Any, samples: Iterable[dict[str, Any]], *, split: str) -> ShardInfo:
+    """Write samples (`__key__`, `jpg` or `png`, `json`, perhaps `mask.png`) as a tar and its index.
 
     The tar appears whole or not at all, its index before it; its bytes depend on the samples alone.
+
+    Args:
+        path: Of the tar; its place may be remote.
+        samples: In order.
+        split: The split that it belongs to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     count = 0
-    try:
-        with partial.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0, user="root", group="root") as writer:
-                for sample in samples:
-                    writer.write(sample)
-                    count += 1
-            file.flush()
-            os.fsync(file.fileno())
+    with becoming(path) as partial:
+        with (
+            partial.open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0, user="root", group="root") as writer,
+        ):
+            for sample in samples:
+                writer.write(sample)
+                count += 1
         buffer = io.BytesIO()
-        np.save(buffer, build_index(partial))
+        with partial.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            written.seek(0)
+            np.save(buffer, build_index(written, str(path)))
+        info = ShardInfo(path.name, split, count, partial.stat().st_size, sha256)
         write_whole(index_path(path), buffer.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+    return info
 
 
-def index_path(shard: Path) -> Path:
+def index_path(shard: Any) -> Any:
     """Where the index of a shard is: beside it."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.npy")
+    return shard.parent / (shard.name.removesuffix(".tar") + ".index.npy")
 
 
-def build_index(shard: Path) -> np.ndarray:
+def build_index(shard: IO[bytes], name: str) -> np.ndarray:
     """The index of a tar, read from its headers alone, `INDEX_DTYPE` [samples].
 
+    Args:
+        shard: The tar, open for reading.
+        name: What errors call it.
+
     Raises:
-        DataError: the tar is cut short, or a sample has no image or no JSON.
+        DataError: the tar is cut short, a sample has no image or no JSON, or a member is none of
+            ours: a link, a folder, a path.
     """
     rows: dict[str, dict[str, int]] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(fileobj=shard, mode="r:") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 kind = {"json": "json", "mask.png": "mask"}.get(suffix, "image")
-                if not member.isreg() or (kind == "image" and suffix not in IMAGE_SUFFIXES):
-                    raise DataError(f"{shard}: the member {member.name} does not belong in a shard")
+                strange = "/" in member.name or not member.isreg() or len(key) > KEY_LENGTH
+                if strange or (kind == "image" and suffix not in IMAGE_SUFFIXES):
+                    raise DataError(f"{name}: the member {member.name} does not belong in a shard")
                 row = rows.setdefault(key, {})
                 row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{shard}: the tar cannot be read ({error})") from None
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{name}: the tar cannot be read ({error})") from None
     index = np.zeros(len(rows), INDEX_DTYPE)
-    for place, (key, row) in enumerate(rows.items()):
+    for number, (key, row) in enumerate(rows.items()):
         if "image_offset" not in row or "json_offset" not in row:
-            raise DataError(f"{shard}: the sample {key} has no image or no JSON")
-        index[place] = (key, *(row.get(name, 0) for name in NUMBERS))
+            raise DataError(f"{name}: the sample {key} has no image or no JSON")
+        index[number] = (key, *(row.get(n, 0) for n in NUMBERS))
     return index
 
 
@@ -191,9 +190,9 @@ def read_index(folder: str | Path, shard_name: str) -> np.ndarray:
     Raises:
         DataError: it is missing or damaged.
     """
-    path = index_path(Path(folder) / shard_name)
+    path = index_path(place(folder) / shard_name)
     try:
-        index: np.ndarray = np.load(path, allow_pickle=False)
+        index: np.ndarray = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         damaged = index.dtype != INDEX_DTYPE
     except (OSError, ValueError, EOFError):
         damaged = True

@@ -6,6 +6,7 @@ it; the official `train_val` (NIH) is cut by patient into train and val.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def assign(
     if official:
         for key, record in zip(keys, records, strict=True):
             if record.split:
-                given[key].add(record.split)
+                given[key].add(_official(record.split))
     torn = sum(len(splits) > 1 for splits in given.values())
     if torn:
         raise DataError(
@@ -61,6 +62,21 @@ def assign(
         )
     # A patient with one given split is in it whole, images without one too.
     return [_split(key, next(iter(given[key]), None), fractions) for key in keys]
+
+
+def _official(split: str) -> str:
+    """A given split as shards name it: a part of file names.
+
+    Raises:
+        DataError: it is no word.
+    """
+    name = split.strip().lower()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise DataError(
+            f"the split '{split}' cannot be part of a file's name; use words such as train, val "
+            "and test, or --no-official-splits."
+        )
+    return name
 
 
 def _split(key: str, official: str | None, fractions: Fractions) -> str:

@@ -1,23 +1,27 @@
-"""Is a shard folder what its manifest says? Every digest, index, label and image is looked at."""
+"""Is a shard folder what its manifest says, and is nothing of a patient in it?
+
+Every digest, index, label, image and mask is looked at; what stands in a member is held against
+what may stand there (DESIGN 5), value by value.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import multiprocessing
+import re
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.record import ALLOWED_KEYS
+from mlvicx_dist.ingest.leaks import Leak, find_leaks, hashed
+from mlvicx_dist.ingest.record import ALLOWED_KEYS, OLDEST_AGE, VIEWS
 from mlvicx_dist.ingest.shards import (
-    Manifest,
     ShardInfo,
     build_index,
     decode_image,
@@ -25,23 +29,31 @@ from mlvicx_dist.ingest.shards import (
     read_manifest,
 )
 from mlvicx_dist.progress import Progress
+from mlvicx_dist.session import in_parallel
+from mlvicx_dist.storage import is_local, place
+
+HEX32, HEX64 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
+SIDES = {"label", "left", "top", "right", "bottom"}
+PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi"}
+"""What Pillow tells of an image that holds pixels and nothing else."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What is wrong with a shard folder, and how it is mended."""
 
-    folder: Path
+    folder: Any
     shards: int
     samples: int
     problems: tuple[str, ...]
+    leaks: tuple[Leak, ...] = ()
 
     @property
     def repair(self) -> str:
         """The way back to a whole folder."""
         return (
-            f"remove the shards named above and {self.folder}/manifest.json, then run the same "
-            "sharding command again: it packs what is missing"
+            "remove the shards named above and run the same sharding command again: it packs these "
+            "alone, to the same bytes"
         )
 
     def document(self) -> dict[str, Any]:
@@ -51,13 +63,34 @@ class Verdict:
             "shards": self.shards,
             "samples": self.samples,
             "problems": list(self.problems),
+            "leaks": [
+                {"bits": leak.bits, "first": _named(leak.first), "second": _named(leak.second)}
+                for leak in self.leaks
+            ],
         }
 
     def lines(self) -> list[str]:
         """The verdict in words."""
-        if not self.problems:
-            return [f"{self.folder}: {self.samples} samples in {self.shards} shards, all whole."]
-        return [*self.problems, f"{len(self.problems)} problems; to mend them, {self.repair}."]
+        lines = list(self.problems)
+        if lines:
+            lines.append(f"{len(lines)} problems; to mend them, {self.repair}.")
+        else:
+            lines.append(f"{self.folder}: {self.samples} samples in {self.shards} shards, whole.")
+        for leak in self.leaks[:20]:
+            lines.append(
+                f"{leak.first.folder} {leak.first.split} {leak.first.key} is a copy of "
+                f"{leak.second.folder} {leak.second.split} {leak.second.key} ({leak.bits} bits)"
+            )
+        if self.leaks:
+            lines.append(
+                f"{len(self.leaks)} pairs are copies of one image in two splits (--json lists "
+                "all): what was learned on one is no test on the other."
+            )
+        return lines
+
+
+def _named(image: Any) -> dict[str, str]:
+    return {"folder": image.folder, "split": image.split, "key": image.key}
 
 
 @dataclass
@@ -70,100 +103,159 @@ class _Seen:
     patients: set[tuple[str, str]] = field(default_factory=set)
 
 
-def verify(folder: str | Path, *, workers: int = 1, progress: Progress | None = None) -> Verdict:
+def verify(
+    folder: str,
+    *,
+    against: Sequence[str] = (),
+    workers: int | None = 1,
+    progress: Progress | None = None,
+) -> Verdict:
     """Check a shard folder against its manifest.
 
     Args:
-        folder: The folder.
-        workers: Processes.
+        folder: The folder or its URL.
+        against: Other shard folders; copies of one image in different splits of all are leaks.
+        workers: Ray tasks at once; None: as many as there are cores.
         progress: Counts samples.
 
     Raises:
         DataError: there is no manifest to check against.
     """
     manifest = read_manifest(folder)
-    problems: list[str] = []
+    others = [read_manifest(other) for other in against]
+    problems: dict[str, list[str]] = {}
     keys: Counter[str] = Counter()
     splits: dict[tuple[str, str], str] = {}
     torn = 0
-    for seen in _run(manifest, workers):
-        problems += seen.problems
+    tasks = [(str(manifest.folder), info) for info in manifest.shards]
+    for _, seen in in_parallel(_look, tasks, workers=1 if len(tasks) < 2 else workers):
+        problems[seen.info.name] = seen.problems
         keys.update(seen.keys)
         for patient in seen.patients:
             torn += splits.setdefault(patient, seen.info.split) != seen.info.split
         if progress:
             progress.advance(seen.info.samples)
+    found = [problem for name in sorted(problems) for problem in problems[name]]
     twice = sum(count > 1 for count in keys.values())
     if twice:
-        problems.append(f"{manifest.folder}: {twice} keys stand in more than one place")
+        found.append(f"{manifest.folder}: {twice} keys stand in more than one place")
     if torn:
-        problems.append(f"{manifest.folder}: {torn} patients are in two splits")
+        found.append(f"{manifest.folder}: {torn} patients are in two splits")
     totals = Counter[str]()
     for shard in manifest.shards:
         totals[shard.split] += shard.samples
     if dict(totals) != dict(manifest.splits):
-        problems.append(f"{manifest.folder}/manifest.json: the split counts do not add up")
+        found.append(f"{manifest.folder}/manifest.json: the split counts do not add up")
     known = {shard.name for shard in manifest.shards}
     stray = sorted(p.name for p in manifest.folder.glob("*.tar") if p.name not in known)
-    problems += [
-        f"{manifest.folder / name}: the manifest does not name this shard" for name in stray
-    ]
-    return Verdict(manifest.folder, len(manifest.shards), sum(keys.values()), tuple(problems))
+    found += [f"{manifest.folder / name}: the manifest does not name this shard" for name in stray]
+    leaks: list[Leak] = []
+    if not found:
+        leaks = find_leaks([one for each in (manifest, *others) for one in hashed(each)])
+    return Verdict(
+        manifest.folder, len(manifest.shards), sum(keys.values()), tuple(found), tuple(leaks)
+    )
 
 
-def _run(manifest: Manifest, workers: int) -> Iterator[_Seen]:
-    tasks = [(manifest.folder, info) for info in manifest.shards]
-    if workers == 1 or len(tasks) < 2:
-        yield from map(_look, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-        yield from pool.map(_look, tasks)
-
-
-def _look(task: tuple[Path, ShardInfo]) -> _Seen:
-    folder, info = task
+def _look(task: tuple[str, ShardInfo]) -> _Seen:
+    folder, info = place(task[0]), task[1]
     seen = _Seen(info)
     path = folder / info.name
     if not path.exists():
         seen.problems.append(f"{path}: the shard is missing")
         return seen
-    with path.open("rb") as file:
+    # A remote shard is read once, into memory.
+    file = path.open("rb") if is_local(path) else io.BytesIO(path.read_bytes())
+    with file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             seen.problems.append(f"{path}: its bytes are not those that were written (SHA-256)")
-    try:
-        index = build_index(path)
-    except DataError as error:
-        seen.problems.append(str(error))
-        return seen
-    try:
-        if not np.array_equal(read_index(folder, info.name), index):
-            seen.problems.append(f"{path}: its index does not match it")
-    except DataError:
-        seen.problems.append(f"{path}: its index is missing or damaged")
-    if len(index) != info.samples:
-        seen.problems.append(f"{path}: {len(index)} samples, but the manifest says {info.samples}")
-    with path.open("rb") as file:
+        file.seek(0)
+        try:
+            index = build_index(file, str(path))
+        except DataError as error:
+            seen.problems.append(str(error))
+            return seen
+        try:
+            if not np.array_equal(read_index(folder, info.name), index):
+                seen.problems.append(f"{path}: its index does not match it")
+        except DataError:
+            seen.problems.append(f"{path}: its index is missing or damaged")
+        if len(index) != info.samples:
+            seen.problems.append(
+                f"{path}: {len(index)} samples, but the manifest says {info.samples}"
+            )
         for row in index:
-            _look_at_sample(seen, path, row, file)
+            _look_at_sample(seen, str(path), row, file)
     return seen
 
 
-def _look_at_sample(seen: _Seen, path: Path, row: np.void, file: Any) -> None:
-    """Decode the image and hold the JSON against the allow-list."""
+def _look_at_sample(seen: _Seen, path: str, row: np.void, file: Any) -> None:
+    """Decode the image and the mask, and hold the JSON against what is allowed."""
     key = row["key"].decode()
     seen.keys.append(key)
-    file.seek(row["image_offset"])
-    try:
-        decode_image(file.read(row["image_size"]))
-    except DataError as error:
-        seen.problems.append(f"{path}: {key}: {error}")
-    file.seek(row["json_offset"])
-    try:
-        known = json.loads(file.read(row["json_size"]))
-        extra = sorted(set(known) - set(ALLOWED_KEYS))
+
+    def member(kind: str) -> bytes:
+        file.seek(int(row[f"{kind}_offset"]))
+        return bytes(file.read(int(row[f"{kind}_size"])))
+
+    def problem(what: str) -> None:
+        seen.problems.append(f"{path}: {key}: {what}")
+
+    if not HEX32.fullmatch(key):
+        problem("its key is not 32 hexadecimal digits")
+    shapes = []
+    for kind in ("image", "mask") if row["mask_size"] else ("image",):
+        try:
+            shapes.append(decode_image(member(kind)).shape)
+        except DataError as error:
+            problem(str(error))
+            continue
+        extra = hidden_text(member(kind))
         if extra:
-            seen.problems.append(f"{path}: {key}: {', '.join(extra)} may not be in a shard")
+            problem(f"its {kind} carries {extra}, which may name a patient")
+    if len(set(shapes)) > 1:
+        problem("its mask is not of the size of its image")
+    try:
+        known = json.loads(member("json"))
+        for what in not_allowed(known, seen.info.split):
+            problem(f"{what} may not be in a shard")
         seen.patients.add((known["source"], known["patient"]))
-    except (ValueError, KeyError, TypeError):
-        seen.problems.append(f"{path}: {key}: its JSON is damaged")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problem("its JSON is damaged")
+
+
+def hidden_text(image: bytes) -> str:
+    """What an encoded image carries beside its pixels, in words; nothing where it is plain."""
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
+        picture.load()
+        return ", ".join(sorted(map(str, set(picture.info) - PLAIN)))
+
+
+def not_allowed(known: dict[str, Any], split: str) -> list[str]:
+    """What the JSON of a sample says that it may not, in words."""
+    wrong = [f"the key {key}" for key in sorted(set(known) - set(ALLOWED_KEYS))]
+    for key, allowed in _ALLOWED.items():
+        if not allowed(known[key]):
+            wrong.append(f"this {key}")
+    if known["split"] != split:
+        wrong.append("another split than its shard's")
+    return wrong
+
+
+def _boxes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        set(box) == SIDES and all(isinstance(box[s], int | float) for s in SIDES - {"label"})
+        for box in value
+    )
+
+
+_ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "source": lambda v: isinstance(v, str),
+    "patient": lambda v: bool(HEX32.fullmatch(v)),
+    "view": lambda v: v is None or v in VIEWS,
+    "sex": lambda v: v in (None, "F", "M"),
+    "age": lambda v: v is None or (isinstance(v, int) and 0 <= v <= OLDEST_AGE),
+    "labels": lambda v: all(value in (None, 0, 1) for value in v.values()),
+    "boxes": _boxes,
+    "phash": lambda v: bool(HEX64.fullmatch(v)),
+}

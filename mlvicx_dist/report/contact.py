@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from mlvicx_dist.stream.shardset import ShardSet
 
 CELL_PX, GAP_PX, CAPTION_PX = 160, 6, 18
 BACKGROUND, TEXT = (17, 20, 24), (198, 205, 213)
+MASK, BOX = (213, 94, 0), (240, 228, 66)
 
 
 def contact_sheet(
     folders: Sequence[str | Path], views: Views, *, count: int, seed: int = 0
 ) -> Image.Image:
-    """Images drawn at random, each beside its two views, with its labels and nothing else of it.
+    """Images drawn at random, each beside its two views, with its labels, mask and boxes.
 
     Args:
         folders: Shard folders.
@@ -47,13 +49,34 @@ def contact_sheet(
     for place, sample in enumerate(chosen.tolist()):
         left = GAP_PX + place % columns * (width + GAP_PX)
         top = GAP_PX + place // columns * height
-        image = as_bytes(shards.image(sample))
+        image, known = as_bytes(shards.image(sample)), json.loads(shards.json(sample))
         cells = [squared(image, CELL_PX), *_views(image, views, seed, sample)]
         for number, cell in enumerate(cells):
             picture = Image.fromarray(cell).resize((CELL_PX, CELL_PX), Image.Resampling.BICUBIC)
+            if number == 0:
+                picture = _marked(picture, image, shards.mask(sample), known["boxes"])
             sheet.paste(picture, (left + number * (CELL_PX + GAP_PX), top))
-        draw.text((left, top + CELL_PX + 2), _caption(shards.json(sample)), fill=TEXT)
+        draw.text((left, top + CELL_PX + 2), _caption(known), fill=TEXT)
     return sheet
+
+
+def _marked(
+    picture: Image.Image, image: np.ndarray, mask: np.ndarray | None, boxes: list[dict[str, Any]]
+) -> Image.Image:
+    """The squared image with its mask tinted and its boxes drawn, RGB."""
+    picture = picture.convert("RGB")
+    if mask is not None:
+        inside = Image.fromarray(squared(mask, CELL_PX) // 2)
+        picture.paste(Image.new("RGB", picture.size, MASK), mask=inside)
+    height, width = image.shape
+    scale = CELL_PX / max(height, width)
+    left, top = (CELL_PX - width * scale) / 2, (CELL_PX - height * scale) / 2
+    draw = ImageDraw.Draw(picture)
+    for box in boxes:
+        sides = [box[side] * scale for side in ("left", "top", "right", "bottom")]
+        corners = [sides[0] + left, sides[1] + top, sides[2] + left, sides[3] + top]
+        draw.rectangle(corners, outline=BOX)
+    return picture
 
 
 def _views(image: np.ndarray, views: Views, seed: int, sample: int) -> list[np.ndarray]:
@@ -63,8 +86,7 @@ def _views(image: np.ndarray, views: Views, seed: int, sample: int) -> list[np.n
     return list((seen[:, 0] * 255).round().byte().numpy())
 
 
-def _caption(data: bytes) -> str:
-    known = json.loads(data)
+def _caption(known: dict[str, Any]) -> str:
     present = [name for name, value in known["labels"].items() if value]
     unknown = known["labels"] and all(value is None for value in known["labels"].values())
     words = ", ".join(present) or ("unlabelled" if unknown else "no finding")

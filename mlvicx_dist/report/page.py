@@ -14,10 +14,10 @@ from plotly.offline import get_plotlyjs
 
 from mlvicx_dist.config import PretrainConfig, load_as, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, UserError
-from mlvicx_dist.ingest.shards import write_whole
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contact_sheet
+from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.metrics import read_rows
 
 CONTACT_IMAGES = 6

@@ -78,14 +78,12 @@ class ShardSet:
     def image(self, sample: int) -> np.ndarray:
         """The stored grey image of a sample, [H, W] uint8 or uint16."""
         folder, name, row = self._row(sample)
-        data = self._read(folder, name, row["image_offset"], row["image_size"])
-        try:
-            return decode_image(data)
-        except DataError as error:
-            raise DataError(
-                f"{folder / name}: the image {row['key'].decode()} cannot be decoded ({error}); "
-                f"run 'mlvicx verify {folder}' for the damage and its repair."
-            ) from None
+        return self._decoded(folder, name, row, "image")
+
+    def mask(self, sample: int) -> np.ndarray | None:
+        """The mask of a sample, uint8 [H, W] of 0 and 255; None where it has none."""
+        folder, name, row = self._row(sample)
+        return self._decoded(folder, name, row, "mask") if row["mask_size"] else None
 
     def json(self, sample: int) -> bytes:
         """The JSON member of a sample."""
@@ -95,6 +93,16 @@ class ShardSet:
     def key(self, sample: int) -> str:
         """The key of a sample."""
         return str(self._row(sample)[2]["key"].decode())
+
+    def _decoded(self, folder: Path, name: str, row: np.void, kind: str) -> np.ndarray:
+        data = self._read(folder, name, row[f"{kind}_offset"], row[f"{kind}_size"])
+        try:
+            return decode_image(data)
+        except DataError as error:
+            raise DataError(
+                f"{folder / name}: the {kind} {row['key'].decode()} cannot be decoded ({error}); "
+                f"run 'mlvicx verify {folder}' for the damage and its repair."
+            ) from None
 
     def _row(self, sample: int) -> tuple[Path, str, np.void]:
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1

@@ -19,7 +19,7 @@ def folder(tmp_path):
 
 
 def test_a_subfolder_is_a_class_and_a_pattern_finds_the_patient(folder):
-    records = list_folder(folder, name="x", patient_regex="(person[0-9]+)_")
+    records = list_folder(folder, name="x", patient_regex="(person[0-9]+)_").records
     by_id = {record.image_id: record for record in records}
     assert sorted(by_id) == [
         "NORMAL/a.png",
@@ -36,7 +36,7 @@ def test_a_subfolder_is_a_class_and_a_pattern_finds_the_patient(folder):
 
 def rows(folder, text, **options):
     (folder / "t.csv").write_text(text)
-    return list_csv(folder, folder / "t.csv", name="x", columns=Columns(), **options)
+    return list_csv(folder, folder / "t.csv", name="x", columns=Columns(), **options).records
 
 
 def test_a_table_gives_labels_patients_and_splits(folder):

@@ -6,16 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
+from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
-from mlvicx_dist.ingest.pack import PackSettings, pack
-from mlvicx_dist.ingest.record import ALLOWED_KEYS, Record
-from mlvicx_dist.ingest.shards import build_index, decode_image, read_index, read_manifest
+from mlvicx_dist.ingest.masks import RunLengths, encode_runs
+from mlvicx_dist.ingest.pack import PackSettings, pack, plan
+from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
+from mlvicx_dist.ingest.shards import (
+    build_index,
+    decode_image,
+    index_path,
+    read_index,
+    read_manifest,
+)
+from mlvicx_dist.ingest.sources.folder import list_folder
+from mlvicx_dist.ingest.verify import verify
+from mlvicx_dist.report.contact import contact_sheet
+from mlvicx_dist.storage import files_below, place, write_whole
+from mlvicx_dist.stream.shardset import ShardSet
 
 SETTINGS = PackSettings(short_side_px=48, samples_per_shard=8)
 
@@ -38,7 +53,8 @@ def test_plain_webdataset_reads_every_sample(phantom_shards):
 def test_the_index_points_at_the_members(phantom_shards):
     shard = read_manifest(phantom_shards).shards[0]
     index = read_index(phantom_shards, shard.name)
-    assert np.array_equal(index, build_index(phantom_shards / shard.name))
+    with (phantom_shards / shard.name).open("rb") as file:
+        assert np.array_equal(index, build_index(file, shard.name))
     data = (phantom_shards / shard.name).read_bytes()
     for row in index:
         start = row["json_offset"]
@@ -98,7 +114,7 @@ def damaged(tmp_path):
         path = tmp_path / f"{number}.png"
         Image.fromarray(np.full((64, 64), number, np.uint8)).save(path)
         records.append(
-            Record(source="s", image_id=path.name, path=path, patient_id=path.name, labels={})
+            Record(source="s", image_id=path.name, path=str(path), patient_id=path.name, labels={})
         )
     (tmp_path / "3.png").write_bytes(b"not an image")
     (tmp_path / "4.png").write_bytes(b"")
@@ -110,10 +126,10 @@ def test_a_bad_image_is_skipped_counted_and_listed(damaged, salt, tmp_path):
     report = pack(damaged, out, settings=SETTINGS, salt=salt, max_refused=0.5)
     assert report.reasons() == {"unreadable": 2}
     assert sum(report.manifest.splits.values()) == 8
-    listed = (out / "refused.csv").read_text()
-    assert "3.png" in listed
-    assert "4.png" in listed
-    assert (out / "refused.csv").stat().st_mode & 0o777 == 0o600
+    listed = tmp_path / "out.refused.csv"  # beside the shards: paths do not travel with them
+    assert "3.png" in listed.read_text()
+    assert "4.png" in listed.read_text()
+    assert listed.stat().st_mode & 0o777 == 0o600
 
 
 def test_too_many_bad_images_write_no_manifest(damaged, salt, tmp_path):
@@ -135,7 +151,12 @@ def test_lossless_formats_keep_the_pixels(format, salt, tmp_path):
     pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     Image.fromarray(pixels).save(tmp_path / "a.png")
     record = Record(
-        source="s", image_id="a", path=tmp_path / "a.png", patient_id="p", labels={}, split="train"
+        source="s",
+        image_id="a",
+        path=str(tmp_path / "a.png"),
+        patient_id="p",
+        labels={},
+        split="train",
     )
     settings = PackSettings(short_side_px=64, format=format)
     pack([record], tmp_path / "out", settings=settings, salt=salt)
@@ -147,3 +168,121 @@ def test_lossless_formats_keep_the_pixels(format, salt, tmp_path):
         assert np.array_equal(stored, pixels)
     else:
         assert np.abs(stored.astype(int) - pixels / 257).max() <= 0.51
+
+
+def test_a_mask_goes_with_its_image_and_is_resized_with_it(salt, tmp_path):
+    mask = np.zeros((64, 64), bool)
+    mask[8:24, 32:60] = True
+    Image.fromarray(mask.astype(np.uint8) * 200).save(tmp_path / "a.png")
+    runs = RunLengths((encode_runs(mask),), 64, 64)
+    record = Record(
+        source="s",
+        image_id="a",
+        path=str(tmp_path / "a.png"),
+        patient_id="p",
+        labels={"x": 1},
+        split="train",
+        mask=runs,
+        boxes=(Box(label="x", left=32, top=8, right=60, bottom=24),),
+    )
+    wrong = replace(record, image_id="b", mask=RunLengths((), 64, 32))
+    settings = PackSettings(short_side_px=32, format="png8")
+    report = pack([record, wrong], tmp_path / "out", settings=settings, salt=salt, max_refused=0.5)
+    assert report.reasons() == {"mask-size": 1}
+    (sample,) = webdataset.WebDataset(str(tmp_path / "out/train-000000.tar"), shardshuffle=False)
+    stored = decode_image(sample["mask.png"])
+    assert set(np.unique(stored)) == {0, 255}
+    assert np.array_equal(np.argwhere(stored).min(0), [4, 16])
+    assert np.array_equal(np.argwhere(stored).max(0), [11, 29])
+    (box,) = json.loads(sample["json"])["boxes"]
+    assert box == {"label": "x", "left": 16, "top": 4, "right": 30, "bottom": 12}
+    shards = ShardSet.open([tmp_path / "out"], splits=["train"])
+    assert np.array_equal(shards.mask(0), stored)
+    assert verify(tmp_path / "out").problems == ()
+    sheet = contact_sheet([tmp_path / "out"], Views(), count=1)
+    assert sheet.getpixel((6 + 112, 6 + 40))[0] > sheet.getpixel((6 + 112, 6 + 40))[2]
+
+
+def test_a_dicom_header_fills_in_what_the_table_leaves_out(phantom_files, salt, tmp_path):
+    records = list_folder(phantom_files / "dicom", name="x").records
+    assert {r.patient_id for r in records} == {Path(r.path).stem for r in records}
+    pack(records, tmp_path / "out", settings=SETTINGS, salt=salt)
+    urls = [str(path) for path in (tmp_path / "out").glob("*.tar")]
+    known = [json.loads(s["json"]) for s in webdataset.WebDataset(urls, shardshuffle=False)]
+    assert {k["view"] for k in known} <= {"PA", "AP"}
+    assert {k["sex"] for k in known} <= {"F", "M"}
+    assert all(20 <= k["age"] <= 89 for k in known)
+
+
+def test_a_store_takes_the_same_bytes_and_goes_on(phantom_records, salt, s3, tmp_path, monkeypatch):
+    for source in phantom_records:
+        key = f"{s3}/in/{Path(source.path).name}"
+        write_whole(place(key), Path(source.path).read_bytes())
+    records = [replace(r, path=f"{s3}/in/{Path(r.path).name}") for r in phantom_records]
+    before = place(f"{s3}/in").fs.find("bucket/in")
+    pack(phantom_records, tmp_path / "local", settings=SETTINGS, salt=salt)
+    monkeypatch.chdir(tmp_path)
+    report = pack(records, f"{s3}/out", settings=SETTINGS, salt=salt)
+    remote = {
+        path: (place(f"{s3}/out") / path).read_bytes() for path in files_below(place(f"{s3}/out"))
+    }
+    assert remote == contents(tmp_path / "local")
+    assert (tmp_path / "out.refused.csv").exists()
+    assert place(f"{s3}/in").fs.find("bucket/in") == before
+    assert verify(f"{s3}/out").problems == ()
+    gone = place(f"{s3}/out") / report.manifest.shards[0].name
+    gone.unlink()
+    assert pack(records, f"{s3}/out", settings=SETTINGS, salt=salt).written == 1
+    assert gone.read_bytes() == remote[gone.name]
+
+
+def test_a_damaged_shard_is_packed_again_alone(phantom_records, salt, tmp_path):
+    out = tmp_path / "out"
+    pack(phantom_records, out, settings=SETTINGS, salt=salt)
+    before = contents(out)
+    first, second, *_ = sorted(out.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:-2000])
+    index_path(second).unlink()
+    report = pack(phantom_records, out, settings=SETTINGS, salt=salt)
+    assert (report.written, report.already_packed) == (2, False)
+    assert contents(out) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_stops_cleanly_and_more_room_lets_it_go_on(phantom_records, salt, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount")
+    try:
+        with pytest.raises(DataError, match=r"No space left on device.*finished shards are kept"):
+            pack(phantom_records, disk / "out", settings=SETTINGS, salt=salt)
+        assert not list((disk / "out").glob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        report = pack(phantom_records, disk / "out", settings=SETTINGS, salt=salt)
+        assert report.kept > 0
+        pack(phantom_records, tmp_path / "whole", settings=SETTINGS, salt=salt)
+        assert contents(disk / "out") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(phantom_records, salt):
+    with pytest.raises(DataError, match=r"packing stopped .*mend the folder's rights"):
+        pack(phantom_records, "/proc/shards", settings=SETTINGS, salt=salt)
+
+
+def test_a_small_set_has_sixteen_shards_and_a_large_one_no_more_than_it_needs(salt, tmp_path):
+    def count(images):
+        records = [
+            Record(
+                source="s", image_id=str(i), path="x", patient_id=str(i), labels={}, split="train"
+            )
+            for i in range(images)
+        ]
+        return len(plan(records, tmp_path, settings=PackSettings(), salt=salt))
+
+    assert [count(n) for n in (10, 64, 65, 3200, 2048 * 20)] == [1, 1, 2, 16, 20]

@@ -1,7 +1,6 @@
 """Splits: by patient, by construction."""
 
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,7 +17,7 @@ def record(image, patient, split=None):
     return Record(
         source="s",
         image_id=str(image),
-        path=Path("x"),
+        path="x",
         patient_id=str(patient),
         labels={},
         split=split,

@@ -1,13 +1,22 @@
 """`verify` finds each kind of damage and says how it is mended."""
 
+import io
 import json
 import shutil
+import tarfile
+from dataclasses import replace
 
 import pytest
+import webdataset
+from PIL import Image
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.ingest.shards import index_path, read_manifest
+from mlvicx_dist.ingest.shards import index_path, read_manifest, write_manifest, write_shard
 from mlvicx_dist.ingest.verify import verify
+
+_BUFFER = io.BytesIO()
+Image.new("L", (8, 8)).save(_BUFFER, "PNG")
+PNG = _BUFFER.getvalue()
 
 
 @pytest.fixture
@@ -20,7 +29,7 @@ def first(shards):
 
 
 def test_a_whole_folder_is_whole(shards, capsys):
-    assert main(["verify", str(shards), "--json"]) == 0
+    assert main(["verify", "--workers", "1", str(shards), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["samples"] == 60
     assert document["problems"] == []
@@ -38,7 +47,7 @@ def test_a_whole_folder_is_whole(shards, capsys):
 )
 def test_damage_is_named_with_the_way_out(shards, damage, words, capsys):
     damage(first(shards))
-    assert main(["verify", str(shards)]) == 1
+    assert main(["verify", "--workers", "1", str(shards)]) == 1
     out = capsys.readouterr().out
     assert words in out
     assert "run the same sharding command again" in out
@@ -50,3 +59,69 @@ def test_a_flipped_byte_in_an_image_is_found(shards):
     data[600:900] = bytes(300)
     path.write_bytes(data)
     assert any("SHA-256" in problem for problem in verify(shards).problems)
+
+
+def rewritten(shards, change):
+    """The first shard again, its samples changed, under a manifest that agrees with it."""
+    manifest = read_manifest(shards)
+    info = manifest.shards[0]
+    samples = list(webdataset.WebDataset(str(shards / info.name), shardshuffle=False))
+    for sample in samples:
+        for name in [n for n in sample if n.startswith("__") and n != "__key__"]:
+            del sample[name]
+    change(samples[0])
+    new = write_shard(shards / info.name, samples, split=info.split)
+    write_manifest(replace(manifest, shards=(new, *manifest.shards[1:])))
+
+
+def with_json(**values):
+    def change(sample):
+        sample["json"] = json.dumps({**json.loads(sample["json"]), **values}).encode()
+
+    return change
+
+
+def with_exif(sample):
+    picture = Image.open(io.BytesIO(sample["jpg"]))
+    exif = Image.Exif()
+    exif[0x010E] = "Jane Doe"
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", exif=exif)
+    sample["jpg"] = buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_json(name="Jane Doe"), "the key name may not be in a shard"),
+        (with_json(patient="Jane Doe"), "this patient may not be"),
+        (with_json(view="PA Jane Doe"), "this view may not be"),
+        (with_json(age=94), "this age may not be"),
+        (with_json(sex="Jane"), "this sex may not be"),
+        (with_json(labels={"x": "Jane"}), "this labels may not be"),
+        (with_json(boxes=[{"label": "x", "left": "Jane"}]), "this boxes may not be"),
+        (with_json(phash="Jane"), "this phash may not be"),
+        (with_json(split="holdout"), "another split than its shard's"),
+        (with_exif, "its image carries exif"),
+        (lambda s: s.update(__key__="Jane-Doe"), "its key is not 32 hexadecimal digits"),
+        (lambda s: s.update(json=b"{}"), "its JSON is damaged"),
+        (lambda s: s.update({"mask.png": PNG}), "its mask is not of the size of its image"),
+    ],
+)
+def test_what_may_name_a_patient_is_found(shards, change, words):
+    rewritten(shards, change)
+    (problem,) = verify(shards).problems
+    assert words in problem
+    assert "Jane" not in problem or "Jane-Doe" in problem
+
+
+@pytest.mark.parametrize("name", ["dir/key.jpg", "key.txt", "key.dcm", "k" * 40 + ".jpg"])
+def test_a_member_that_is_none_of_ours_is_refused(shards, name):
+    with tarfile.open(first(shards), "a") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert any("does not belong in a shard" in p for p in verify(shards).problems)
+
+
+def test_many_workers_say_the_same_as_one(shards):
+    first(shards).write_bytes(b"")
+    assert verify(shards, workers=2) == verify(shards)

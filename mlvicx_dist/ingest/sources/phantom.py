@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +13,10 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.shards import write_whole
 from mlvicx_dist.ingest.sources.anatomy import BITS, CLASSES, Phantom, draw_phantom
 from mlvicx_dist.progress import Progress
+from mlvicx_dist.session import in_parallel
+from mlvicx_dist.storage import write_whole
 
 TABLE = "labels.csv"
 HEADER = ("path", "labels", "patient", "split", "view", "sex", "age")
@@ -41,7 +39,7 @@ def write_phantoms(
     seed: int = 0,
     size_px: int = 256,
     dicom_fraction: float = 0.2,
-    workers: int = 1,
+    workers: int | None = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Draw `count` phantoms, one patient each, into files; files that are there are left.
@@ -52,7 +50,7 @@ def write_phantoms(
         seed: The population; the same arguments give the same bytes.
         size_px: Side of the images.
         dicom_fraction: The part that becomes DICOM (12 bits, some MONOCHROME1), the rest 8-bit PNG.
-        workers: Processes.
+        workers: Ray tasks at once; None: as many as there are cores.
         progress: Counts images.
 
     Returns:
@@ -67,12 +65,12 @@ def write_phantoms(
     try:
         for folder in ("images", "dicom"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-        for part in _run(tasks, workers):
+        for _, part in in_parallel(_write_chunk, tasks, workers=workers):
             rows += part
             if progress:
                 progress.advance(len(part))
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([HEADER, *rows])
+        csv.writer(buffer, lineterminator="\n").writerows([HEADER, *sorted(rows, key=_number)])
         write_whole(out / TABLE, buffer.getvalue().encode())
     except OSError as error:
         raise DataError(
@@ -82,13 +80,9 @@ def write_phantoms(
     return out / TABLE
 
 
-def _run(tasks: list[_Task], workers: int) -> Iterator[list[tuple[str, ...]]]:
-    if workers == 1:
-        yield from map(_write_chunk, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(_write_chunk, tasks)
+def _number(row: tuple[str, ...]) -> str:
+    """What the rows are sorted by: the patient's number."""
+    return row[HEADER.index("patient")]
 
 
 def _write_chunk(task: _Task) -> list[tuple[str, ...]]:

@@ -1,0 +1,94 @@
+"""Copies of one image in different splits: found by perceptual hash, reported pair by pair."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlvicx_dist.ingest.phash import as_words, near_pairs
+from mlvicx_dist.ingest.shards import Manifest, read_index
+
+HEADER = ("bits", "first_split", "first_key", "first_shards", "second_split", "second_key")
+LATE = ("val", "test")
+"""Splits that must not be learned from, the one that counts most last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """An image that was packed: its key, its split, its perceptual hash and its shard folder."""
+
+    key: str
+    split: str
+    phash: str
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Two images of different splits that are copies of one; `first` is learned from before."""
+
+    first: Hashed
+    second: Hashed
+    bits: int
+
+
+def find_leaks(images: Sequence[Hashed]) -> list[Leak]:
+    """Pairs of images that lie in different splits and are copies of one another."""
+    if not images:
+        return []
+    splits = {split: k for k, split in enumerate(sorted({image.split for image in images}))}
+    groups = np.array([splits[image.split] for image in images])
+    pairs, distances = near_pairs(as_words([image.phash for image in images]), groups)
+    found = []
+    for (a, b), bits in zip(pairs.tolist(), distances.tolist(), strict=True):
+        first, second = sorted((images[a], images[b]), key=lambda one: (_lateness(one), one.key))
+        found.append(Leak(first, second, bits))
+    return found
+
+
+def hashed(manifest: Manifest) -> Iterator[Hashed]:
+    """The images of a shard folder; the hashes stand in their JSON.
+
+    Raises:
+        DataError: a shard cannot be read.
+    """
+    for shard in manifest.shards:
+        with (manifest.folder / shard.name).open("rb") as file:
+            for row in read_index(manifest.folder, shard.name):
+                file.seek(int(row["json_offset"]))
+                known = json.loads(file.read(int(row["json_size"])))
+                key = row["key"].decode()
+                yield Hashed(key, shard.split, known["phash"], str(manifest.folder))
+
+
+def as_csv(leaks: Iterable[Leak]) -> bytes:
+    """The report: keys, splits and shard folders, nothing in clear."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*HEADER, "second_shards"])
+    writer.writerows(_row(leak) for leak in leaks)
+    return buffer.getvalue().encode()
+
+
+def words(leaks: Sequence[Leak]) -> str:
+    """How many pairs lie in which splits: `3 in train and test`."""
+    counts: dict[tuple[str, str], int] = {}
+    for leak in leaks:
+        pair = (leak.first.split, leak.second.split)
+        counts[pair] = counts.get(pair, 0) + 1
+    return ", ".join(f"{n} in {a} and {b}" for (a, b), n in sorted(counts.items()))
+
+
+def _row(leak: Leak) -> tuple[Any, ...]:
+    a, b = leak.first, leak.second
+    return (leak.bits, a.split, a.key, a.folder, b.split, b.key, b.folder)
+
+
+def _lateness(image: Hashed) -> int:
+    return LATE.index(image.split) + 1 if image.split in LATE else 0

@@ -1,0 +1,79 @@
+"""Masks as run lengths, the form of SIIM-ACR, and as the PNG that a shard holds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class RunLengths:
+    """The union of several masks of one image.
+
+    Attributes:
+        runs: Each a text of (offset, length) pairs: the offset counts from the end of the run
+            before, zero-based, down the columns. None of them: an empty mask.
+        height: Of the image that they belong to, in pixels.
+        width: Likewise.
+    """
+
+    runs: tuple[str, ...]
+    height: int = 1024
+    width: int = 1024
+
+
+def decode_runs(masks: RunLengths) -> np.ndarray:
+    """The mask, bool [height, width].
+
+    Raises:
+        ValueError: the numbers are not pairs, or reach beyond the image.
+    """
+    covered = np.zeros(masks.width * masks.height, bool)
+    for text in masks.runs:
+        for start, stop in _bounds(text, len(covered)):
+            covered[start:stop] = True
+    return covered.reshape(masks.width, masks.height).T
+
+
+def check_runs(text: str, pixels: int) -> None:
+    """Raise a ValueError where a text is no mask of an image of so many pixels."""
+    _bounds(text, pixels)
+
+
+def encode_runs(mask: np.ndarray) -> str:
+    """The text of a mask, bool [height, width]: what `decode_runs` reads."""
+    flat = np.concatenate([[0], mask.T.reshape(-1).astype(np.int8), [0]])
+    edges = np.flatnonzero(np.diff(flat)).reshape(-1, 2)
+    offsets = edges[:, 0] - np.concatenate([[0], edges[:-1, 1]])
+    return " ".join(map(str, np.stack([offsets, edges[:, 1] - edges[:, 0]], 1).reshape(-1)))
+
+
+def stored_mask(mask: np.ndarray, size: Sequence[int]) -> bytes:
+    """A mask as a lossless PNG of 0 and 255.
+
+    Args:
+        mask: bool [H, W].
+        size: (width, height) of the stored image; a pixel is set where half of it or more is.
+    """
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    if picture.size != tuple(size):
+        picture = picture.resize((size[0], size[1]), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    picture.point(lambda value: 255 * (value >= 128)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _bounds(text: str, pixels: int) -> np.ndarray:
+    """Start and end of each run, int64 [runs, 2]."""
+    numbers = np.array([int(word) for word in text.split()], dtype=np.int64)
+    if len(numbers) % 2 or (numbers < 0).any():
+        raise ValueError("it is not a list of pairs (offset, length)")
+    offsets, lengths = numbers.reshape(-1, 2).T
+    ends = np.cumsum(offsets + lengths)
+    if len(ends) and ends[-1] > pixels:
+        raise ValueError(f"its runs reach beyond the {pixels} pixels of the image")
+    return np.stack([ends - lengths, ends], 1)

@@ -1,0 +1,127 @@
+"""Where files are: local folders, s3://, gs:// and http(s), by way of fsspec.
+
+A file is there whole or not at all: a local one is renamed into its place, an object of a store
+is put in one piece.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from mlvicx_dist.errors import DataError, nearest
+
+SCHEMES = ("file", "s3", "gs", "http", "https")
+TRIES = 3
+EXTRAS = {"s3": "s3", "gs": "gs"}
+"""What to install for a scheme whose library is not a dependency."""
+
+
+def place(text: str | Path) -> Any:
+    """A path or URL as a pathlib path (`UPath`), local ones as the plain `Path` that they are.
+
+    Raises:
+        DataError: the scheme is not one of ours (`pipe:` runs a shell), or its library is missing.
+    """
+    if isinstance(text, Path | UPath):
+        return text
+    scheme, colon, rest = text.partition(":")
+    if not colon or "/" in scheme or (not rest.startswith("//") and Path(text).exists()):
+        return Path(text)
+    if scheme not in SCHEMES or not rest.startswith("//"):
+        raise DataError(
+            f"{text}: '{scheme}:' is no place that can be used{nearest(scheme, SCHEMES)}; give a "
+            f"folder, or a URL that begins with {', '.join(f'{s}://' for s in SCHEMES)}."
+        )
+    if scheme == "file":
+        return Path(rest.removeprefix("//"))
+    try:
+        return UPath(text)
+    except ImportError as error:
+        extra = EXTRAS.get(scheme)
+        remedy = f"pip install 'mlvicx_dist[{extra}]'" if extra else f"install {error.name}"
+        raise DataError(f"{text}: {scheme}:// needs a library; {remedy}.") from None
+
+
+def is_local(path: Any) -> bool:
+    """Whether a place is on this machine's file system."""
+    return isinstance(path, Path)
+
+
+@contextmanager
+def becoming(path: Any, *, mode: int = 0o644) -> Iterator[Path]:
+    """A local file to write, which becomes `path` when the block ends well, and else is gone.
+
+    Raises:
+        OSError: no room, no rights, or a store that cannot be written.
+    """
+    if is_local(path):
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    else:
+        descriptor, name = tempfile.mkstemp(suffix=".partial")
+        os.close(descriptor)
+        partial = Path(name)
+    try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode))
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        if is_local(path):
+            partial.replace(path)
+        else:
+            path.fs.put_file(str(partial), path.path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Any, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with becoming(path, mode=mode) as partial:
+        partial.write_bytes(data)
+
+
+def read_bytes(path: Any) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read; a store is asked three times.
+    """
+    if is_local(path):
+        return bytes(path.read_bytes())
+    for attempt in range(TRIES):
+        try:
+            return bytes(path.read_bytes())
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # stores raise what their own libraries have
+            if attempt == TRIES - 1:
+                raise OSError(str(error).splitlines()[0] or type(error).__name__) from error
+            time.sleep(2.0**attempt)
+    raise AssertionError
+
+
+def files_below(folder: Any) -> list[str]:
+    """Every file below a folder, links followed, as sorted paths relative to it.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give one with --source.")
+    if is_local(folder):
+        found = [
+            os.path.relpath(os.path.join(parent, name), folder)
+            for parent, _, names in os.walk(folder, followlinks=True)
+            for name in names
+        ]
+    else:
+        prefix = folder.path.rstrip("/") + "/"
+        found = [path.removeprefix(prefix) for path in folder.fs.find(folder.path)]
+    return sorted(found)

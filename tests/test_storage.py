@@ -1,0 +1,59 @@
+"""Places: local, s3 and http; whole files or none; nothing that runs a shell."""
+
+import functools
+import http.server
+import threading
+
+import pytest
+
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.storage import becoming, files_below, place, read_bytes, write_whole
+
+
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "s4://x/y", "ftp://x/y", "hdfs://x"])
+def test_a_scheme_that_is_not_ours_is_refused(url):
+    with pytest.raises(DataError, match="is no place that can be used"):
+        place(url)
+
+
+def test_local_paths_stay_paths(tmp_path):
+    assert place(str(tmp_path)) == tmp_path
+    assert place(f"file://{tmp_path}") == tmp_path
+    odd = tmp_path / "a:b"
+    odd.touch()
+    assert place(str(odd)) == odd
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ValueError, match="boom"), becoming(tmp_path / "a") as partial:
+        partial.write_bytes(b"half")
+        raise ValueError("boom")
+    assert list(tmp_path.iterdir()) == []
+    write_whole(tmp_path / "a", b"whole", mode=0o600)
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_files_of_a_folder_and_of_a_bucket_are_listed_alike(tmp_path, s3):
+    for name in ("b/c.png", "a.png"):
+        for folder in (tmp_path, place(f"{s3}/deep")):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            write_whole(folder / name, name.encode())
+    assert files_below(tmp_path) == files_below(place(f"{s3}/deep")) == ["a.png", "b/c.png"]
+    assert read_bytes(place(f"{s3}/deep") / "b" / "c.png") == b"b/c.png"
+    with pytest.raises(FileNotFoundError):
+        read_bytes(place(f"{s3}/deep/gone"))
+    with pytest.raises(DataError, match="no such folder"):
+        files_below(place(f"{s3}/shallow"))
+
+
+def test_http_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert read_bytes(place(f"{url}/a.txt")) == b"text"
+        with pytest.raises(FileNotFoundError):
+            read_bytes(place(f"{url}/b.txt"))
+        server.shutdown()
