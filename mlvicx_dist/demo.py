@@ -6,7 +6,6 @@ every step can be run again by hand.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +23,14 @@ from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.progress import duration, progress
 from mlvicx_dist.report.page import write_report
+from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.launch import pretrain
 
 LEAST_GAIN = 0.03
 """The mean AUROC by which the pretrained encoder must beat the untrained one."""
 PHANTOMS, SIZE_PX = 1500, 160
-PACKING = PackSettings(short_side_px=128, samples_per_shard=256, fractions=Fractions(0.6, 0.1, 0.3))
+PACKING = PackSettings(short_side_px=128, fractions=Fractions(0.6, 0.1, 0.3))
 
 PRETRAIN = """\
 # The demo's pretraining: about 1,040 phantoms, 64 px, two workers of one core.
@@ -87,11 +87,25 @@ def demo(out: str | Path) -> Demonstration:
     """
     out = Path(out).absolute()
     begin = time.monotonic()
-    workers = min(len(os.sched_getaffinity(0)), 8)
-    _say(f"1 of 4: {PHANTOMS} phantom radiographs into shards")
+    with ray_session({"CPU": 2}, asked="the demo", remedy="take a machine of two cores"):
+        _say(f"1 of 4: {PHANTOMS} phantom radiographs into shards")
+        _shard(out)
+        for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
+            write_whole(out / f"{name}.yaml", text.format(out=out).encode())
+        _say("2 of 4: pretraining without labels")
+        run = pretrain(load_as(PretrainConfig, out / "pretrain.yaml")).run_dir
+    _say("3 of 4: a linear probe, beside the same encoder untrained")
+    result, _ = evaluate_checkpoint(run, load_as(EvaluateConfig, out / "evaluate.yaml"))
+    _say("4 of 4: the report")
+    page = write_report(run)
+    return _judged(result, page, time.monotonic() - begin)
+
+
+def _shard(out: Path) -> None:
+    """Draw the phantoms and pack them."""
     with progress("drawing", PHANTOMS, "phantoms") as bar:
         table = write_phantoms(
-            out / "images", PHANTOMS, size_px=SIZE_PX, workers=workers, progress=bar
+            out / "images", PHANTOMS, size_px=SIZE_PX, workers=None, progress=bar
         )
     listing = list_csv(out / "images", table, name="phantom", columns=Columns(), classes=CLASSES)
     # Phantoms are nobody: a salt of the demo's own keeps its shards the same everywhere.
@@ -99,22 +113,8 @@ def demo(out: str | Path) -> Demonstration:
     salt = load_salt(out / "salt")
     with progress("packing", PHANTOMS, "images") as bar:
         pack(
-            listing.records,
-            out / "shards",
-            settings=PACKING,
-            salt=salt,
-            workers=workers,
-            progress=bar,
+            listing.records, out / "shards", settings=PACKING, salt=salt, workers=None, progress=bar
         )
-    for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
-        write_whole(out / f"{name}.yaml", text.format(out=out).encode())
-    _say("2 of 4: pretraining without labels")
-    run = pretrain(load_as(PretrainConfig, out / "pretrain.yaml")).run_dir
-    _say("3 of 4: a linear probe, beside the same encoder untrained")
-    result, _ = evaluate_checkpoint(run, load_as(EvaluateConfig, out / "evaluate.yaml"))
-    _say("4 of 4: the report")
-    page = write_report(run)
-    return _judged(result, page, time.monotonic() - begin)
 
 
 def _judged(result: dict[str, Any], page: Path, seconds: float) -> Demonstration:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
@@ -92,22 +92,22 @@ def _check(
 
 
 def in_parallel(
-    function: Callable[[T], R], tasks: Iterable[T], *, workers: int | None
+    function: Callable[[T], R], tasks: Sequence[T], *, workers: int | None
 ) -> Iterator[tuple[T, R]]:
     """Call a function on each task, as Ray tasks of one core; (task, result) as they come.
 
     Args:
         function: A function of a module, which every node can import.
-        tasks: Its arguments; no more of them than there are workers are under way at a time.
-        workers: How many at once; None: as many as there are cores. 1 needs no Ray.
+        tasks: Its arguments; only few more of them than there are workers are under way at a time.
+        workers: How many at once; None: as many as there are cores. 1 needs no Ray, nor does a
+            single task.
 
     Raises:
         ResourceError: a worker died three times.
         Exception: what the function raised; no further task is begun.
     """
-    todo = iter(tasks)
-    if workers == 1:
-        for task in todo:
+    if workers == 1 or len(tasks) < 2:
+        for task in tasks:
             yield task, function(task)
         return
     import ray
@@ -115,7 +115,10 @@ def in_parallel(
 
     with ray_session({"CPU": 1}, asked="this command", remedy="give --workers 1"):
         remote = ray.remote(num_cpus=1, max_retries=2)(function)
-        at_once = workers or int(ray.cluster_resources().get("CPU", 1))
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        # Where all cores are at work, some tasks wait in line, so that no core waits for one.
+        at_once = workers if workers and workers < cores else cores + cores // 8 + 1
+        todo = iter(tasks)
         running = {remote.remote(task): task for task in islice(todo, at_once)}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)

@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from upath import UPath
 
 from mlvicx_dist.errors import DataError, nearest
+
+Place: TypeAlias = Any
+"""A local `Path` or a remote `UPath`; both have the methods of pathlib."""
 
 SCHEMES = ("file", "s3", "gs", "http", "https")
 TRIES = 3
@@ -24,7 +27,7 @@ EXTRAS = {"s3": "s3", "gs": "gs"}
 """What to install for a scheme whose library is not a dependency."""
 
 
-def place(text: str | Path) -> Any:
+def place(text: str | Path) -> Place:
     """A path or URL as a pathlib path (`UPath`), local ones as the plain `Path` that they are.
 
     Raises:
@@ -50,13 +53,13 @@ def place(text: str | Path) -> Any:
         raise DataError(f"{text}: {scheme}:// needs a library; {remedy}.") from None
 
 
-def is_local(path: Any) -> bool:
+def is_local(path: Place) -> bool:
     """Whether a place is on this machine's file system."""
     return isinstance(path, Path)
 
 
 @contextmanager
-def becoming(path: Any, *, mode: int = 0o644) -> Iterator[Path]:
+def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
     """A local file to write, which becomes `path` when the block ends well, and else is gone.
 
     Raises:
@@ -81,13 +84,13 @@ def becoming(path: Any, *, mode: int = 0o644) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Any, data: bytes, *, mode: int = 0o644) -> None:
+def write_whole(path: Place, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that it is there whole or not at all."""
     with becoming(path, mode=mode) as partial:
         partial.write_bytes(data)
 
 
-def read_bytes(path: Any) -> bytes:
+def read_bytes(path: Place) -> bytes:
     """The bytes of a file.
 
     Raises:
@@ -107,7 +110,7 @@ def read_bytes(path: Any) -> bytes:
     raise AssertionError
 
 
-def files_below(folder: Any) -> list[str]:
+def files_below(folder: Place) -> list[str]:
     """Every file below a folder, links followed, as sorted paths relative to it.
 
     Raises:

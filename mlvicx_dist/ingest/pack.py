@@ -12,9 +12,8 @@ import csv
 import hashlib
 import io
 import json
-import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +38,7 @@ from mlvicx_dist.ingest.shards import (
 from mlvicx_dist.ingest.splits import Fractions, assign
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import is_local, place, read_bytes, write_whole
-
-log = logging.getLogger(__name__)
+from mlvicx_dist.storage import Place, is_local, place, read_bytes, write_whole
 
 NOTES = ".packing"
 MOST_SAMPLES, FEWEST_SAMPLES, SHARDS = 2048, 64, 16
@@ -83,7 +80,7 @@ class PackSettings:
 class ShardTask:
     """Everything that one shard is made of."""
 
-    out: Any
+    out: Place
     name: str
     split: str
     records: tuple[Record, ...]
@@ -151,6 +148,7 @@ def pack(
         refused = tuple(tuple(row) for task in tasks for row in done[task.name]["refused"])
         _write_refused(report_path(folder, "refused"), refused)
         _check_refused(folder, refused, len(records), max_refused)
+        _clear(folder)
         write_manifest(_manifest(tasks, done, digest))
         _remove(notes)
     except OSError as error:
@@ -162,7 +160,7 @@ def pack(
 
 
 def plan(
-    records: Sequence[Record], out: Any, *, settings: PackSettings, salt: bytes
+    records: Sequence[Record], out: Place, *, settings: PackSettings, salt: bytes
 ) -> list[ShardTask]:
     """Which record goes into which shard: by split, in the order of the keys."""
     if not records:
@@ -201,7 +199,7 @@ def pack_shard(task: ShardTask) -> dict[str, Any]:
     return {"shard": asdict(info), **note}
 
 
-def report_path(out: Any, kind: str) -> Path:
+def report_path(out: Place, kind: str) -> Path:
     """Where a report on a packing stands: beside its folder, on this machine.
 
     Reports hold paths, which may name patients: they never travel with the shards.
@@ -286,16 +284,15 @@ def _mask(record: Record, image: Stored) -> bytes:
 
 
 def _pack_all(
-    tasks: Iterable[ShardTask],
+    tasks: Sequence[ShardTask],
     done: dict[str, dict[str, Any]],
-    notes: Any,
+    notes: Place,
     workers: int | None,
     progress: Progress | None,
 ) -> None:
     """Pack shards and keep their notes."""
-    tasks = list(tasks)
     read = 0
-    for task, note in in_parallel(pack_shard, tasks, workers=1 if len(tasks) < 2 else workers):
+    for task, note in in_parallel(pack_shard, tasks, workers=workers):
         done[task.name] = note
         write_whole(notes / f"{task.name}.json", json.dumps(note).encode())
         read += note["bytes_read"]
@@ -304,7 +301,7 @@ def _pack_all(
 
 
 def _leave_out_copies(
-    tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], notes: Any, workers: int | None
+    tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], notes: Place, workers: int | None
 ) -> None:
     """Look for copies of one image in two splits, and pack again without them where asked.
 
@@ -376,7 +373,7 @@ def _mended(
     ]
     if progress:
         progress.skip(sum(len(task.records) for task in tasks) - sum(len(t.records) for t in gone))
-    for task, note in in_parallel(pack_shard, gone, workers=1 if len(gone) < 2 else workers):
+    for task, note in in_parallel(pack_shard, gone, workers=workers):
         if note["shard"]["sha256"] != infos[task.name].sha256:
             (task.out / task.name).unlink()
             raise DataError(
@@ -389,7 +386,7 @@ def _mended(
     return PackReport(manifest, (), len(gone), kept, already_packed=not gone)
 
 
-def _there(folder: Any, info: ShardInfo) -> bool:
+def _there(folder: Place, info: ShardInfo) -> bool:
     """Whether a shard and its index are there, the shard of the right size."""
     shard = folder / info.name
     return bool(
@@ -397,7 +394,7 @@ def _there(folder: Any, info: ShardInfo) -> bool:
     )
 
 
-def _open_notes(out: Any, digest: str) -> Any:
+def _open_notes(out: Place, digest: str) -> Place:
     notes = out / NOTES
     notes.mkdir(parents=True, exist_ok=True)
     plan_file = notes / "plan"
@@ -407,12 +404,17 @@ def _open_notes(out: Any, digest: str) -> Any:
             f"finish that one, remove {out}, or choose another --out."
         )
     write_whole(plan_file, digest.encode())
-    for leftover in out.glob(".*.partial") if is_local(out) else ():
-        leftover.unlink(missing_ok=True)
+    _clear(out)
     return notes
 
 
-def _note(notes: Any, task: ShardTask) -> dict[str, Any] | None:
+def _clear(out: Place) -> None:
+    """Remove what killed workers left half-written."""
+    for leftover in out.glob(".*.partial") if is_local(out) else ():
+        leftover.unlink(missing_ok=True)
+
+
+def _note(notes: Place, task: ShardTask) -> dict[str, Any] | None:
     """The note of a finished shard whose bytes are still those that were written."""
     path = task.out / task.name
     try:
@@ -450,7 +452,7 @@ def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], diges
     )
 
 
-def _check_refused(out: Any, refused: Sequence[Refusal], count: int, max_refused: float) -> None:
+def _check_refused(out: Place, refused: Sequence[Refusal], count: int, max_refused: float) -> None:
     if len(refused) > max_refused * count:
         counts = Counter(code for _, code, _ in refused).most_common(4)
         raise TooManyRefusedError(
@@ -467,7 +469,7 @@ def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:
     write_whole(path, buffer.getvalue().encode(), mode=0o600)
 
 
-def _remove(notes: Any) -> None:
+def _remove(notes: Place) -> None:
     for path in list(notes.iterdir()):
         path.unlink()
     if is_local(notes):

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import becoming, place, write_whole
+from mlvicx_dist.storage import Place, becoming, place, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ class ShardInfo:
 class Manifest:
     """A folder of shards, whole; `folder` is a path, local or remote."""
 
-    folder: Any
+    folder: Place
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
     splits: Mapping[str, int]
@@ -118,7 +118,7 @@ def write_manifest(manifest: Manifest) -> None:
     write_whole(manifest.folder / MANIFEST, text.encode())
 
 
-def write_shard(path: Any, samples: Iterable[dict[str, Any]], *, split: str) -> ShardInfo:
+def write_shard(path: Place, samples: Iterable[dict[str, Any]], *, split: str) -> ShardInfo:
     """Write samples (`__key__`, `jpg` or `png`, `json`, perhaps `mask.png`) as a tar and its index.
 
     The tar appears whole or not at all, its index before it; its bytes depend on the samples alone.
@@ -147,7 +147,7 @@ def write_shard(path: Any, samples: Iterable[dict[str, Any]], *, split: str) -> 
     return info
 
 
-def index_path(shard: Any) -> Any:
+def index_path(shard: Place) -> Place:
     """Where the index of a shard is: beside it."""
     return shard.parent / (shard.name.removesuffix(".tar") + ".index.npy")
 

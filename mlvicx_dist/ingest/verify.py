@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.leaks import Leak, find_leaks, hashed
+from mlvicx_dist.ingest.leaks import Hashed, Leak, find_leaks, hashed
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, OLDEST_AGE, VIEWS
 from mlvicx_dist.ingest.shards import (
     ShardInfo,
@@ -30,7 +30,7 @@ from mlvicx_dist.ingest.shards import (
 )
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import is_local, place
+from mlvicx_dist.storage import Place, is_local, place
 
 HEX32, HEX64 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 SIDES = {"label", "left", "top", "right", "bottom"}
@@ -42,7 +42,7 @@ PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi"}
 class Verdict:
     """What is wrong with a shard folder, and how it is mended."""
 
-    folder: Any
+    folder: Place
     shards: int
     samples: int
     problems: tuple[str, ...]
@@ -89,7 +89,7 @@ class Verdict:
         return lines
 
 
-def _named(image: Any) -> dict[str, str]:
+def _named(image: Hashed) -> dict[str, str]:
     return {"folder": image.folder, "split": image.split, "key": image.key}
 
 
@@ -128,7 +128,7 @@ def verify(
     splits: dict[tuple[str, str], str] = {}
     torn = 0
     tasks = [(str(manifest.folder), info) for info in manifest.shards]
-    for _, seen in in_parallel(_look, tasks, workers=1 if len(tasks) < 2 else workers):
+    for _, seen in in_parallel(_look, tasks, workers=workers):
         problems[seen.info.name] = seen.problems
         keys.update(seen.keys)
         for patient in seen.patients:

@@ -1,7 +1,12 @@
 """The folder source: classes from subfolders, or a CSV, and a sentence for each mistake."""
 
+import csv
+import io
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mlvicx_dist.errors import DataError
@@ -86,3 +91,36 @@ def test_missing_and_empty_folders_say_so(tmp_path):
         list_folder(tmp_path / "gone", name="x")
     with pytest.raises(DataError, match="no images in it"):
         list_folder(tmp_path, name="x")
+
+
+def test_a_folder_of_patients_is_not_taken_for_classes(tmp_path):
+    for number in range(41):
+        path = tmp_path / f"Doe^Jane{number}" / "a.png"
+        path.parent.mkdir()
+        path.touch()
+    with pytest.raises(DataError, match=r"41 subfolders would become classes.*--no-classes"):
+        list_folder(tmp_path, name="x")
+    assert list_folder(tmp_path, name="x", classes=False).records[0].labels == {}
+
+
+CELL = st.text('abp1,|"?. \n', max_size=12)
+
+
+@given(st.lists(st.tuples(CELL, CELL, CELL, CELL), max_size=6))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_table_is_records_or_one_sentence(folder, cells):
+    paths = ["NORMAL/a.png", "loose.png", "SICK/person1_c.jpeg"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["path", "labels", "patient", "age"])
+    table = [(paths[i % 3], *row[1:]) if i % 4 else row for i, row in enumerate(cells)]
+    writer.writerows(table)
+    try:
+        records = rows(folder, buffer.getvalue())
+    except DataError as error:
+        assert str(error).startswith(str(folder / "t.csv"))
+    else:
+        assert [r.image_id for r in records] == [row[0].strip() for row in table if any(row)]
+        for record, row in zip(records, table, strict=True):
+            present = {label for label, value in record.labels.items() if value}
+            assert present <= {label.strip() for label in row[1].split("|")}

@@ -28,6 +28,7 @@ from mlvicx_dist.ingest.shards import (
 )
 from mlvicx_dist.ingest.sources.folder import list_folder
 from mlvicx_dist.ingest.verify import verify
+from mlvicx_dist.progress import Progress
 from mlvicx_dist.report.contact import contact_sheet
 from mlvicx_dist.storage import files_below, place, write_whole
 from mlvicx_dist.stream.shardset import ShardSet
@@ -78,7 +79,7 @@ def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(phantom_files, tmp_
     (tmp_path / "salt").write_text(salt.hex())
     script = os.path.join(os.path.dirname(__file__), "../../sharding/shard_folder.py")
     command = [
-        *(sys.executable, script, "--source", str(phantom_files), "--workers", "1"),
+        *(sys.executable, script, "--source", str(phantom_files), "--workers", "2"),
         *("--csv", str(phantom_files / "labels.csv"), "--samples-per-shard", "4"),
         *("--short-side-px", "64", "--salt-file", str(tmp_path / "salt"), "--json", "--out"),
     ]
@@ -286,3 +287,45 @@ def test_a_small_set_has_sixteen_shards_and_a_large_one_no_more_than_it_needs(sa
         return len(plan(records, tmp_path, settings=PackSettings(), salt=salt))
 
     assert [count(n) for n in (10, 64, 65, 3200, 2048 * 20)] == [1, 1, 2, 16, 20]
+
+
+@pytest.mark.slow
+def test_two_nodes_write_the_same_bytes(phantom_records, salt, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    pack(phantom_records, tmp_path / "one", settings=SETTINGS, salt=salt)
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        pack(phantom_records, tmp_path / "two", settings=SETTINGS, salt=salt, workers=None)
+        assert verify(tmp_path / "two", workers=None).problems == ()
+    finally:
+        cluster.shutdown()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_begun_again(phantom_records, salt, tmp_path):
+    import psutil
+
+    killed = []
+
+    class Killer(Progress):
+        """Kills the packing workers once, when the first shard is there."""
+
+        def advance(self, count=1, note=""):
+            if not killed:
+                for process in psutil.Process().children(recursive=True):
+                    if "pack_shard" in " ".join(process.cmdline()) or "IDLE" in process.name():
+                        process.kill()
+                        killed.append(process.pid)
+            super().advance(count, note)
+
+    bar = Killer("packing", 60, "images")
+    settings = replace(SETTINGS, samples_per_shard=4)
+    pack(phantom_records, tmp_path / "plain", settings=settings, salt=salt)
+    pack(phantom_records, tmp_path / "k", settings=settings, salt=salt, workers=2, progress=bar)
+    assert killed
+    assert contents(tmp_path / "k") == contents(tmp_path / "plain")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.dicom import read_header
@@ -16,7 +15,7 @@ from mlvicx_dist.ingest.record import Record
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.sources.tables import Listing, Table, age_years, read_table
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import files_below, place
+from mlvicx_dist.storage import Place, files_below, place
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 DICOM = {".dcm", ".dicom", ""}
@@ -188,13 +187,13 @@ def _patient(pattern: re.Pattern[str] | None, path: str) -> str | None:
     return match.group(1) if match.groups() else match.group()
 
 
-def _headers(folder: Any, paths: Sequence[str], workers: int | None) -> dict[str, str | None]:
+def _headers(folder: Place, paths: Sequence[str], workers: int | None) -> dict[str, str | None]:
     """The patient of each DICOM file: empty where its header names none, None of another file."""
     if not paths:
         return {}
     chunks = [(str(folder), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
     found: dict[str, str | None] = {}
-    for _, part in in_parallel(_read_headers, chunks, workers=1 if len(chunks) < 2 else workers):
+    for _, part in in_parallel(_read_headers, chunks, workers=workers):
         found.update(part)
     return found
 
@@ -210,7 +209,7 @@ def _read_headers(chunk: tuple[str, Sequence[str]]) -> dict[str, str | None]:
     return found
 
 
-def _check_there(folder: Any, table: Table, paths: Sequence[str]) -> None:
+def _check_there(folder: Place, table: Table, paths: Sequence[str]) -> None:
     """Raise a DataError where files that a table names are missing.
 
     What http has cannot be listed: there a missing file is refused when it is packed.

@@ -8,11 +8,10 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlvicx_dist.errors import DataError, nearest
 from mlvicx_dist.ingest.record import Record
-from mlvicx_dist.storage import files_below, place
+from mlvicx_dist.storage import Place, files_below, place
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Listing:
 class Table:
     """A CSV file: its cells by column name, stripped of blanks at both ends."""
 
-    path: Any
+    path: Place
     header: tuple[str, ...]
     rows: tuple[tuple[int, Mapping[str, str]], ...]
     """(line number, cells) of each row."""
@@ -49,7 +48,7 @@ class Table:
         return DataError(f"{self.path}, line {line}: {what}; correct it or take the official file.")
 
 
-def read_table(path: Any) -> Table:
+def read_table(path: Place) -> Table:
     """Read a CSV; empty column names, which a trailing comma makes, are left out.
 
     Raises:
@@ -79,7 +78,7 @@ def read_table(path: Any) -> Table:
     return Table(path, tuple(header), tuple(rows))
 
 
-def read_text(path: Any) -> str:
+def read_text(path: Place) -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
@@ -120,7 +119,7 @@ class Files:
         self.source = place(source)
         self._paths = files_below(self.source)
 
-    def find(self, *names: str) -> Any:
+    def find(self, *names: str) -> Place | None:
         """The first of `names` that is there, the nearest to the top of the folder, or None."""
         by_depth = sorted(self._paths, key=lambda path: (path.count("/"), path))
         for name in names:
@@ -129,7 +128,7 @@ class Files:
                     return self.source / path
         return None
 
-    def one(self, *names: str, option: str) -> Any:
+    def one(self, *names: str, option: str) -> Place:
         """The same where there has to be one.
 
         Raises:

@@ -1,0 +1,186 @@
+"""How fast radiographs become shards, against the bare library calls that this takes.
+
+python benchmarks/ingest.py [--json]
+
+Files: 1024-px phantoms as 8-bit PNG and as 12-bit DICOM, stored at a short side of 256 px as JPEG
+q95. Bare: decode, grey, window, resize and encode in a loop, nothing written. Ours: hash, JSON,
+tar, index and digests too. Ray is started before the clock.
+"""
+
+from __future__ import annotations
+
+import io
+import resource
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from table import Row, interleaved, main, seconds
+
+from mlvicx_dist.ingest.pack import PackSettings, pack, pack_shard, plan
+from mlvicx_dist.ingest.phash import near_pairs
+from mlvicx_dist.ingest.record import Record
+from mlvicx_dist.ingest.sources.phantom import write_phantoms
+from mlvicx_dist.session import in_parallel, ray_session
+
+IMAGES, SIZE_PX, ROUNDS = 64, 1024, 3
+RECORDS = 100_000
+GIB = 1024.0
+SETTINGS = PackSettings(near_duplicates="allow", samples_per_shard=16)
+SALT = b"\x01" * 32
+
+
+def measure() -> list[Row]:
+    """Every comparison, on files that are made for it and removed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = []
+        for kind, fraction, bare in (("png", 0.0, bare_png), ("12-bit DICOM", 1.0, bare_dicom)):
+            source = folder / kind
+            write_phantoms(source, IMAGES, size_px=SIZE_PX, dicom_fraction=fraction, workers=None)
+            paths = sorted(p for p in source.rglob("*") if p.suffix in (".png", ".dcm"))
+            rows.append(against_bare(kind, paths, bare, folder / "out"))
+        rows.append(two_cores(paths, folder / "out"))
+        rows.append(memory(paths[0], folder / "out"))
+    rows.append(near())
+    return rows
+
+
+def bare_png(path: Path) -> None:
+    """The library calls that a PNG takes."""
+    with Image.open(path) as image:
+        encode(image.convert("L"))
+
+
+def bare_dicom(path: Path) -> None:
+    """The library calls that a DICOM file takes."""
+    dataset = pydicom.dcmread(path)
+    values = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    top = 2 ** int(dataset.BitsStored) - 1
+    grey = np.round(values / top * 255).astype(np.uint8)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
+    encode(Image.fromarray(grey))
+
+
+def encode(image: Image.Image) -> None:
+    """Resize and encode as the settings say."""
+    side = SETTINGS.short_side_px
+    buffer = io.BytesIO()
+    image.resize((side, side), Image.Resampling.LANCZOS).save(
+        buffer, "JPEG", quality=SETTINGS.quality
+    )
+
+
+def records(paths: list[Path]) -> list[Record]:
+    """A patient an image."""
+    return [
+        Record(source="b", image_id=path.name, path=str(path), patient_id=path.name, labels={})
+        for path in paths
+    ]
+
+
+def packed(paths: list[Path], out: Path, workers: int) -> None:
+    """Pack into a folder that is removed before."""
+    shutil.rmtree(out, ignore_errors=True)
+    pack(records(paths), out, settings=SETTINGS, salt=SALT, workers=workers)
+
+
+def against_bare(kind: str, paths: list[Path], bare: object, out: Path) -> Row:
+    """Images a second of one core, ours against the bare calls."""
+    ours, theirs = interleaved(
+        lambda: seconds(lambda: packed(paths, out, 1)),
+        lambda: seconds(lambda: [bare(path) for path in paths]),  # type: ignore[operator]
+        rounds=ROUNDS,
+    )
+    name = f"one core against the bare calls, 1024-px {kind}"
+    return Row(name, len(paths) / ours, len(paths) / theirs, "images/s", 0.85)
+
+
+def two_cores(paths: list[Path], out: Path) -> Row:
+    """Images a second of two cores against one: shards alone, without the end of a packing."""
+    settings = replace(SETTINGS, samples_per_shard=32)
+    many = plan(
+        [r for k in range(16) for r in numbered(paths, k)], out, settings=settings, salt=SALT
+    )
+    with ray_session({"CPU": 2}, asked="the benchmark", remedy="take a machine of two cores"):
+
+        def run(workers: int) -> float:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            if workers == 1:
+                return seconds(lambda: [pack_shard(task) for task in many])
+            return seconds(lambda: list(in_parallel(pack_shard, many, workers=workers)))
+
+        two, one = interleaved(partial(run, 2), partial(run, 1), rounds=ROUNDS)
+    count = sum(len(task.records) for task in many)
+    return Row("two cores against one", count / two, count / one, "images/s", 1.8)
+
+
+def numbered(paths: list[Path], turn: int) -> list[Record]:
+    """The same files once more, as other patients."""
+    return [
+        Record(
+            source="b",
+            image_id=f"{turn}/{path.name}",
+            path=str(path),
+            patient_id=f"{turn}/{path.name}",
+            labels={},
+        )
+        for path in paths
+    ]
+
+
+def memory(path: Path, out: Path) -> Row:
+    """Peak memory of the driver that plans 10^5 records and of a worker that packs of them."""
+    labels = dict.fromkeys(map(str, range(14)), 0)
+    many = [
+        Record(
+            source="b",
+            image_id=str(i),
+            path=str(path),
+            patient_id=str(i // 4),
+            labels=labels.copy(),
+        )
+        for i in range(RECORDS)
+    ]
+    tasks = plan(many, out, settings=PackSettings(near_duplicates="allow"), salt=SALT)
+    with ray_session({"CPU": 1}, asked="the benchmark", remedy="take a machine of two cores"):
+        peaks = [peak for _, peak in in_parallel(worker_peak_mb, tasks[:1], workers=None)]
+    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    name = f"peak memory of a worker, {RECORDS:,} records (driver {driver:.0f} MB)"
+    return Row(name, max(peaks), GIB, "MB", 1.0)
+
+
+def worker_peak_mb(task: object) -> float:
+    """Pack a shard of 2,048 images and say how much memory the process ever took, in MB."""
+    pack_shard(task)  # type: ignore[arg-type]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def near() -> Row:
+    """Seconds to find near-duplicates among 10^6 hashes in three splits, against a minute."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**64, (10**6, 4), dtype=np.uint64)
+    # Radiographs are alike: with 24 bits in common as many pairs meet in a band as among real ones
+    # (6 in 10,000, docs/data.md).
+    words[:, 0] |= np.uint64(0xFFFFFF0000000000)
+    groups = rng.choice(3, len(words), p=[0.7, 0.1, 0.2])
+    return Row(
+        "near-duplicates among 10^6 images",
+        seconds(lambda: near_pairs(words, groups)),
+        60,
+        "s",
+        1.0,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(str(__doc__).splitlines()[0], measure))
