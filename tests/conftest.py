@@ -1,5 +1,6 @@
 """What tests share: the development data, where it is, and small shards of phantoms."""
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,10 @@ def s3(monkeypatch):
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    # Its stores are those of the process: what an earlier test left goes.
+    urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -183,6 +183,7 @@ def test_a_frontal_chest_radiograph_is_taken(tmp_path, tags):
     read_radiograph(write(tmp_path / "x.dcm", **tags).read_bytes(), bits=8, rules=Rules())
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
 def test_the_header_tells_patient_view_sex_and_age(tmp_path):
     tags = {"PatientID": "p 1", "ViewPosition": "ap", "PatientSex": "F", "PatientAge": "018M"}
     assert read_header(write(tmp_path / "x.dcm", **tags)) == Header("p 1", "AP", "F", 1)
