@@ -9,16 +9,18 @@ tar, index and digests too. Ray is started before the clock.
 
 from __future__ import annotations
 
+import contextlib
 import io
-import resource
 import shutil
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pydicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -32,7 +34,7 @@ from mlvicx_dist.session import in_parallel, ray_session
 
 IMAGES, SIZE_PX, ROUNDS = 64, 1024, 3
 RECORDS = 100_000
-GIB = 1024.0
+GIB = 2**30 / 1e6
 SETTINGS = PackSettings(near_duplicates="allow", samples_per_shard=16)
 SALT = b"\x01" * 32
 
@@ -48,7 +50,7 @@ def measure() -> list[Row]:
             paths = sorted(p for p in source.rglob("*") if p.suffix in (".png", ".dcm"))
             rows.append(against_bare(kind, paths, bare, folder / "out"))
         rows.append(two_cores(paths, folder / "out"))
-        rows.append(memory(paths[0], folder / "out"))
+        rows.append(memory(folder))
     rows.append(near())
     return rows
 
@@ -138,8 +140,10 @@ def numbered(paths: list[Path], turn: int) -> list[Record]:
     ]
 
 
-def memory(path: Path, out: Path) -> Row:
-    """Peak memory of the driver that plans 10^5 records and of a worker that packs of them."""
+def memory(folder: Path) -> Row:
+    """Peak memory of the workers that pack 10^5 records on all cores, and of the driver."""
+    write_phantoms(folder / "small", 1, size_px=64, dicom_fraction=0.0)
+    path = next((folder / "small").rglob("*.png"))
     labels = dict.fromkeys(map(str, range(14)), 0)
     many = [
         Record(
@@ -151,18 +155,32 @@ def memory(path: Path, out: Path) -> Row:
         )
         for i in range(RECORDS)
     ]
-    tasks = plan(many, out, settings=PackSettings(near_duplicates="allow"), salt=SALT)
-    with ray_session({"CPU": 1}, asked="the benchmark", remedy="take a machine of two cores"):
-        peaks = [peak for _, peak in in_parallel(worker_peak_mb, tasks[:1], workers=None)]
-    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    name = f"peak memory of a worker, {RECORDS:,} records (driver {driver:.0f} MB)"
-    return Row(name, max(peaks), GIB, "MB", 1.0)
+    peaks = {"worker": 0.0, "driver": 0.0}
+    done = threading.Event()
+    watcher = threading.Thread(target=watch, args=(peaks, done))
+    watcher.start()
+    pack(
+        many,
+        folder / "many",
+        settings=PackSettings(near_duplicates="allow"),
+        salt=SALT,
+        workers=None,
+    )
+    done.set()
+    watcher.join()
+    name = f"peak memory of a worker, {RECORDS:,} records (driver {peaks['driver']:.0f} MB)"
+    return Row(name, peaks["worker"], GIB, "MB", 1.0)
 
 
-def worker_peak_mb(task: object) -> float:
-    """Pack a shard of 2,048 images and say how much memory the process ever took, in MB."""
-    pack_shard(task)  # type: ignore[arg-type]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def watch(peaks: dict[str, float], done: threading.Event) -> None:
+    """Keep the largest resident memory of this process and of its packing workers, in MB."""
+    driver = psutil.Process()
+    while not done.wait(0.3):
+        peaks["driver"] = max(peaks["driver"], driver.memory_info().rss / 1e6)
+        for process in driver.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "pack_shard" in " ".join(process.cmdline()):
+                    peaks["worker"] = max(peaks["worker"], process.memory_info().rss / 1e6)
 
 
 def near() -> Row:

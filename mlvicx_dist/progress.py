@@ -85,7 +85,9 @@ class _Bar(Progress):
 def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
     """Show how far a job of `total` `unit`s is, on stderr, while the block runs."""
     if not sys.stderr.isatty():
-        yield Progress(title, total, unit)
+        plain = Progress(title, total, unit)
+        plain.say(f"{title} {total} {unit}")
+        yield plain
         return
     bar = _Bar(title, total, unit)
     try:

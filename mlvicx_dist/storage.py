@@ -37,7 +37,8 @@ def place(text: str | Path) -> Place:
         return text
     scheme, colon, rest = text.partition(":")
     if not colon or "/" in scheme or (not rest.startswith("//") and Path(text).exists()):
-        return Path(text)
+        # Ray's workers have another working folder.
+        return Path(text).expanduser().absolute()
     if scheme not in SCHEMES or not rest.startswith("//"):
         raise DataError(
             f"{text}: '{scheme}:' is no place that can be used{nearest(scheme, SCHEMES)}; give a "
@@ -56,6 +57,24 @@ def place(text: str | Path) -> Place:
 def is_local(path: Place) -> bool:
     """Whether a place is on this machine's file system."""
     return isinstance(path, Path)
+
+
+@contextmanager
+def reaching(path: Place) -> Iterator[None]:
+    """Turn what a store's own library raises into an OSError, so that there is one thing to catch.
+
+    Raises:
+        OSError: what is done in the block could not be done.
+    """
+    try:
+        yield
+    except (OSError, DataError):
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        raise OSError(f"{type(error).__name__}: {first}") from error
 
 
 @contextmanager
@@ -79,7 +98,8 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
         if is_local(path):
             partial.replace(path)
         else:
-            path.fs.put_file(str(partial), path.path)
+            with reaching(path):
+                path.fs.put_file(str(partial), path.path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -100,12 +120,13 @@ def read_bytes(path: Place) -> bytes:
         return bytes(path.read_bytes())
     for attempt in range(TRIES):
         try:
-            return bytes(path.read_bytes())
+            with reaching(path):
+                return bytes(path.read_bytes())
         except FileNotFoundError:
             raise
-        except Exception as error:  # stores raise what their own libraries have
+        except OSError:
             if attempt == TRIES - 1:
-                raise OSError(str(error).splitlines()[0] or type(error).__name__) from error
+                raise
             time.sleep(2.0**attempt)
     raise AssertionError
 
@@ -114,17 +135,26 @@ def files_below(folder: Place) -> list[str]:
     """Every file below a folder, links followed, as sorted paths relative to it.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or it or one below it cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give one with --source.")
-    if is_local(folder):
-        found = [
-            os.path.relpath(os.path.join(parent, name), folder)
-            for parent, _, names in os.walk(folder, followlinks=True)
-            for name in names
-        ]
-    else:
-        prefix = folder.path.rstrip("/") + "/"
-        found = [path.removeprefix(prefix) for path in folder.fs.find(folder.path)]
-    return sorted(found)
+    try:
+        with reaching(folder):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: there is no such folder; give one with --source.")
+            if is_local(folder):
+                return sorted(
+                    os.path.relpath(os.path.join(parent, name), folder)
+                    for parent, _, names in os.walk(folder, followlinks=True, onerror=_raise)
+                    for name in names
+                )
+            prefix = folder.path.rstrip("/") + "/"
+            return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: the folder cannot be read ({error.strerror or error}); "
+            "mend its rights or your access to it."
+        ) from None
+
+
+def _raise(error: OSError) -> None:
+    raise error

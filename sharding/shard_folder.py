@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="a table of the files instead of subfolders")
     add("--no-classes", action="store_true", help="subfolders are not classes")
     for column in ("path", "labels", "patient", "split", "view", "sex", "age"):
-        add(f"--{column}-column", default=column, metavar="NAME", help="(%(default)s)")
+        add(f"--{column}-column", metavar="NAME", help=f"(default: {column})")
     add("--classes", help="class names in order, joined by commas (default: all, sorted)")
     add("--unknown", metavar="CELL", help="the labels cell of an image without labels")
     add(

@@ -97,6 +97,10 @@ def _pack(
     from mlvicx_dist.storage import place
 
     settings = _settings(options)
+    out = place(options.out)
+    source = getattr(options, "source", None)
+    if source and f"{out}/".startswith(f"{place(source)}/"):
+        raise UserError(f"--out {options.out}: it lies in the source; choose another folder.")
     salt = load_salt(Path(options.salt_file) if options.salt_file else None)
     listing = list_records(options)
     with progress("packing", len(listing.records), "images") as bar:
@@ -122,7 +126,7 @@ def _pack(
         "kept": report.kept,
         "already_packed": report.already_packed,
         "refused": report.reasons(),
-        "refused_list": str(report_path(place(options.out), "refused")),
+        "refused_list": str(report_path(out, "refused")),
     }
 
 

@@ -6,7 +6,6 @@ transforms are pydicom's own: modality LUT, then the file's window or VOI LUT, t
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 import struct
@@ -15,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
@@ -26,7 +25,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 from mlvicx_dist.ingest import decoders
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
-from mlvicx_dist.storage import place
+from mlvicx_dist.storage import place, reaching
 
 decoders.register()
 logging.getLogger("pydicom").setLevel(logging.ERROR)
@@ -35,10 +34,23 @@ PERCENTILES = (0.5, 99.5)
 """What becomes black and white where the file has neither a window nor a VOI LUT."""
 MAX_INFLATED_BYTES = 4 * MAX_PIXELS
 """A deflated file that grows beyond this is taken for an attack on memory."""
-META_START = 144
-"""Preamble, `DICM` and the element that tells how long the file's meta information is."""
-HEADER_BYTES = 1 << 16
-"""What is read of a file of which only the header matters, as long as that is enough."""
+PIECE_PIXELS = 1 << 20
+LONG_VRS = (
+    b"OB",
+    b"OW",
+    b"OF",
+    b"OD",
+    b"OL",
+    b"OV",
+    b"SQ",
+    b"UC",
+    b"UN",
+    b"UR",
+    b"UT",
+    b"SV",
+    b"UV",
+)
+"""Kinds of elements whose length takes four bytes."""
 LUMA = (0.299, 0.587, 0.114)
 """Grey of an RGB pixel (ITU-R BT.601, as Pillow weighs them)."""
 BROKEN = (
@@ -52,6 +64,7 @@ BROKEN = (
     OverflowError,
     EOFError,
     OSError,
+    MemoryError,
     zlib.error,
     struct.error,
     BytesLengthException,
@@ -113,14 +126,15 @@ def read_grey(path: str | Path, bits: int = 8) -> np.ndarray:
     Raises:
         Refused: the file holds no single image that can be read, with the reason's code.
     """
-    return read_radiograph(place(path).read_bytes(), bits=bits, rules=ANYTHING)[0]
+    with place(path).open("rb") as file:
+        return read_radiograph(file, bits=bits, rules=ANYTHING)[0]
 
 
-def read_radiograph(data: bytes, *, bits: int, rules: Rules) -> tuple[np.ndarray, Header]:
+def read_radiograph(file: BinaryIO, *, bits: int, rules: Rules) -> tuple[np.ndarray, Header]:
     """The image and the header of a DICOM file that keeps the rules.
 
     Args:
-        data: The file's bytes.
+        file: The file, open; of one that does not keep the rules the header alone is read.
         bits: 8 or 16, the depth wanted.
         rules: What is taken.
 
@@ -130,16 +144,16 @@ def read_radiograph(data: bytes, *, bits: int, rules: Rules) -> tuple[np.ndarray
     with warnings.catch_warnings():
         # pydicom warns of every oddity of a header; what matters ends in a refusal.
         warnings.simplefilter("ignore")
-        header = _parse(data, pixels=False)
+        header = _parse(file, pixels=False)
         _check(header, rules)
-        dataset = _parse(data, pixels=True)
+        dataset = _parse(file, pixels=True)
         if "PixelData" not in dataset:
             raise Refused("no-pixels", "the file has no PixelData")
         try:
-            grey = _grey(dataset, rules, 2**bits - 1)
+            grey = _grey(dataset, rules, bits)
         except BROKEN as error:
             raise Refused(*_why(dataset, error)) from None
-        return grey.astype(np.uint8 if bits == 8 else np.uint16), describe(header)
+        return grey, describe(header)
 
 
 def read_header(path: str | Path) -> Header | None:
@@ -147,16 +161,12 @@ def read_header(path: str | Path) -> Header | None:
 
     Raises:
         Refused: the header cannot be read.
+        OSError: the file cannot be read.
     """
-    with place(path).open("rb") as file, warnings.catch_warnings():
+    where = place(path)
+    with reaching(where), where.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = file.read(HEADER_BYTES)
-        if not is_dicom(data):
-            return None
-        try:
-            return describe(_parse(data, pixels=False))
-        except Refused:
-            return describe(_parse(data + file.read(), pixels=False))
+        return describe(_parse(file, pixels=False)) if is_dicom(file.read(132)) else None
 
 
 def describe(dataset: Any) -> Header:
@@ -179,25 +189,38 @@ def _text(dataset: Any, tag: str) -> str:
         return ""
 
 
-def _parse(data: bytes, *, pixels: bool) -> Any:
+def _parse(file: BinaryIO, *, pixels: bool) -> Any:
+    """The dataset of a file, from its beginning; without pixels, as far as they begin."""
     try:
-        _bound_inflation(data)
-        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=not pixels)
+        _bound_inflation(file)
+        file.seek(0)
+        return pydicom.dcmread(file, stop_before_pixels=not pixels)
     except InvalidDicomError:
         raise Refused("not-dicom", "no DICOM preamble") from None
     except BROKEN as error:
         raise Refused("unreadable", _last_line(error)) from None
 
 
-def _bound_inflation(data: bytes) -> None:
-    """Refuse a deflated file that would fill the memory: pydicom inflates without a bound."""
-    if len(data) < META_START or data[128:132] != b"DICM":
+def _bound_inflation(file: BinaryIO) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates without a bound.
+
+    The meta information is walked element by element, as pydicom does: the length that it tells of
+    itself may lie.
+    """
+    file.seek(132)
+    syntax = b""
+    while (head := file.read(8))[:2] == b"\x02\x00" and len(head) == 8:
+        if head[4:6] in LONG_VRS:
+            size = int(struct.unpack("<I", file.read(4))[0])
+        else:
+            size = int(struct.unpack("<H", head[6:8])[0])
+        value = file.read(size)
+        if head[2:4] == b"\x10\x00":
+            syntax = value.rstrip(b"\0 ")
+    if syntax != DeflatedExplicitVRLittleEndian.encode():
         return
-    # The first element after the preamble is the length of what names the transfer syntax.
-    body = META_START + int(struct.unpack("<I", data[META_START - 4 : META_START])[0])
-    if DeflatedExplicitVRLittleEndian.encode() not in data[META_START:body]:
-        return
-    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[body:], MAX_INFLATED_BYTES)
+    packer = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = packer.decompress(head + file.read(), MAX_INFLATED_BYTES)
     if len(inflated) >= MAX_INFLATED_BYTES:
         raise Refused("size", f"it inflates to more than {MAX_INFLATED_BYTES:,} bytes")
 
@@ -223,8 +246,13 @@ def _check(dataset: Any, rules: Rules) -> None:
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         samples = int(dataset.get("SamplesPerPixel", 1))
         rows, columns = int(dataset.get("Rows", 0)), int(dataset.get("Columns", 0))
+        stored = int(dataset.get("BitsStored", 0))
+        top = int(dataset.get("HighBit", stored - 1))
     except BROKEN:
         raise Refused("unreadable", "its size is not a number") from None
+    if top != stored - 1:
+        # pydicom takes the lowest bits whatever HighBit says.
+        raise Refused("undecodable", f"{stored} bits are stored, but not as the lowest ones")
     if frames > 1:
         raise Refused("multi-frame", f"{frames} frames")
     if samples not in (1, 3):
@@ -248,26 +276,38 @@ def _lateral(dataset: Any) -> bool:
     return any(re.search(r"\blat(eral)?\b", text, re.IGNORECASE) for text in words)
 
 
-def _grey(dataset: Any, rules: Rules, top: int) -> np.ndarray:
-    """The values to show, integers [H, W] from 0 to `top`."""
+def _grey(dataset: Any, rules: Rules, bits: int) -> np.ndarray:
+    """The image to show, [H, W] of 8 or 16 bits."""
     pixels = dataset.pixel_array
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, dataset)
-        return _luma(pixels, 8 * pixels.itemsize, top)
+        return _luma(pixels, 8 * pixels.itemsize, bits)
     if pixels.ndim == 3 and pixels.shape[2] == 3:
-        return _luma(pixels, int(dataset.BitsStored), top)
+        return _luma(pixels, int(dataset.BitsStored), bits)
     if pixels.ndim != 2:
         raise Refused("not-grey", f"pixels of shape {pixels.shape}")
     # Every transform is one of values: it is made once for each value that occurs, not a pixel.
-    pixels = _used_bits(pixels, dataset).astype(np.int64)
-    low = int(pixels.min())
-    places = pixels - low
-    counts = np.bincount(places.reshape(-1))
-    table = _shown(np.arange(low, low + len(counts)), counts, dataset, rules.window)
-    if not np.isfinite(table).all():
+    low, high = int(pixels.min()), int(pixels.max())
+    if high - low >= 2**16:
+        raise Refused("depth", f"values from {low} to {high} are more than 16 bits")
+    counts = np.zeros(high - low + 1, np.int64)
+    for rows in _pieces(pixels):
+        counts += np.bincount((rows.astype(np.int64) - low).reshape(-1), minlength=len(counts))
+    shown = _shown(np.arange(low, high + 1), counts, dataset, rules.window)
+    if not np.isfinite(shown).all():
         raise Refused("undecodable", "its transforms give values that are no numbers")
-    shown: np.ndarray = np.round(table * top).astype(np.uint16)[places]
-    return shown
+    table = _as_bits(shown, bits)
+    return np.concatenate([table[rows.astype(np.int64) - low] for rows in _pieces(pixels)])
+
+
+def _pieces(pixels: np.ndarray) -> list[np.ndarray]:
+    """Runs of rows: numpy's look-ups need eight bytes a pixel, so not of all at once."""
+    return np.array_split(pixels, -(-pixels.size // PIECE_PIXELS))
+
+
+def _as_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values in [0, 1] over the full range of 8 or 16 bits."""
+    return np.round(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
 
 
 def _shown(values: np.ndarray, counts: np.ndarray, dataset: Any, window: int) -> np.ndarray:
@@ -298,19 +338,12 @@ def _percentiles(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _luma(pixels: np.ndarray, bits: int, top: int) -> np.ndarray:
-    """RGB to grey, integers [H, W] from 0 to `top`."""
-    grey = np.clip(pixels.astype(np.float64) @ np.array(LUMA) / (2**bits - 1), 0, 1)
-    return np.asarray(np.round(grey * top).astype(np.uint16))
-
-
-def _used_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:
-    """The stored bits alone: older files keep overlays in the bits above them."""
-    unused = 8 * pixels.itemsize - int(dataset.BitsStored)
-    if UID(dataset.file_meta.TransferSyntaxUID).is_encapsulated or unused <= 0:
-        return pixels
-    # Shifting up and down again drops them, and carries the sign of signed values.
-    return (pixels << unused) >> unused
+def _luma(pixels: np.ndarray, stored_bits: int, bits: int) -> np.ndarray:
+    """RGB [H, W, 3] to grey, [H, W] of 8 or 16 bits."""
+    weights = np.array(LUMA) / (2**stored_bits - 1)
+    return np.concatenate(
+        [_as_bits(np.clip(rows @ weights, 0, 1), bits) for rows in _pieces(pixels)]
+    )
 
 
 def _padding(values: np.ndarray, dataset: Any) -> np.ndarray:
@@ -354,7 +387,10 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _range(dataset: Any) -> tuple[float, float]:
-    """The output range of pydicom's windowing: that of the stored bits, rescaled."""
+    """The output range of pydicom's windowing: that of the stored bits, rescaled.
+
+    Under a negative slope its first end is the larger, as in pydicom.
+    """
     bits = int(dataset.BitsStored)
     if int(dataset.PixelRepresentation):
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -364,12 +400,11 @@ def _range(dataset: Any) -> tuple[float, float]:
         return 0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     slope = float(dataset.get("RescaleSlope", 1) or 1)
     intercept = float(dataset.get("RescaleIntercept", 0) or 0)
-    ends = (low * slope + intercept, high * slope + intercept)
-    return min(ends), max(ends)
+    return low * slope + intercept, high * slope + intercept
 
 
 def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+    return np.clip((values - low) / (high - low or 1.0), 0, 1)
 
 
 def _inverted(dataset: Any) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.phash import as_words, near_pairs
 from mlvicx_dist.ingest.shards import Manifest, read_index
+from mlvicx_dist.storage import reaching
 
 HEADER = ("bits", "first_split", "first_key", "first_shards", "second_split", "second_key")
 LATE = ("val", "test")
@@ -21,12 +24,13 @@ LATE = ("val", "test")
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """An image that was packed: its key, its split, its perceptual hash and its shard folder."""
+    """An image that was packed: key, split, perceptual hash, shard folder, source and patient."""
 
     key: str
     split: str
     phash: str
     folder: str = ""
+    patient: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,14 @@ def find_leaks(images: Sequence[Hashed]) -> list[Leak]:
     return found
 
 
+def torn_patients(images: Iterable[Hashed]) -> int:
+    """How many patients have images in more than one split; their keys must share a salt."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for image in images:
+        splits[image.patient].add(image.split)
+    return sum(len(found) > 1 for found in splits.values())
+
+
 def hashed(manifest: Manifest) -> Iterator[Hashed]:
     """The images of a shard folder; the hashes stand in their JSON.
 
@@ -59,12 +71,24 @@ def hashed(manifest: Manifest) -> Iterator[Hashed]:
         DataError: a shard cannot be read.
     """
     for shard in manifest.shards:
-        with (manifest.folder / shard.name).open("rb") as file:
-            for row in read_index(manifest.folder, shard.name):
-                file.seek(int(row["json_offset"]))
-                known = json.loads(file.read(int(row["json_size"])))
-                key = row["key"].decode()
-                yield Hashed(key, shard.split, known["phash"], str(manifest.folder))
+        path = manifest.folder / shard.name
+        try:
+            with reaching(path), path.open("rb") as file:
+                for row in read_index(manifest.folder, shard.name):
+                    file.seek(int(row["json_offset"]))
+                    known = json.loads(file.read(int(row["json_size"])))
+                    yield Hashed(
+                        key=row["key"].decode(),
+                        split=shard.split,
+                        phash=known["phash"],
+                        folder=str(manifest.folder),
+                        patient=f"{known['source']}/{known['patient']}",
+                    )
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{path}: the shard cannot be read; run 'mlvicx verify {manifest.folder}' for the "
+                "damage and its repair."
+            ) from None
 
 
 def as_csv(leaks: Iterable[Leak]) -> bytes:

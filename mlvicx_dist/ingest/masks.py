@@ -69,11 +69,11 @@ def stored_mask(mask: np.ndarray, size: Sequence[int]) -> bytes:
 
 def _bounds(text: str, pixels: int) -> np.ndarray:
     """Start and end of each run, int64 [runs, 2]."""
-    numbers = np.array([int(word) for word in text.split()], dtype=np.int64)
-    if len(numbers) % 2 or (numbers < 0).any():
+    words = [int(word) for word in text.split()]
+    if len(words) % 2 or min(words, default=0) < 0:
         raise ValueError("it is not a list of pairs (offset, length)")
-    offsets, lengths = numbers.reshape(-1, 2).T
-    ends = np.cumsum(offsets + lengths)
-    if len(ends) and ends[-1] > pixels:
+    if sum(words) > pixels:
         raise ValueError(f"its runs reach beyond the {pixels} pixels of the image")
+    offsets, lengths = np.array(words, dtype=np.int64).reshape(-1, 2).T
+    ends = np.cumsum(offsets + lengths)
     return np.stack([ends - lengths, ends], 1)

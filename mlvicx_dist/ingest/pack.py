@@ -13,10 +13,11 @@ import hashlib
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import mlvicx_dist
 from mlvicx_dist.errors import DataError, TooManyRefusedError
@@ -32,15 +33,19 @@ from mlvicx_dist.ingest.shards import (
     ShardInfo,
     index_path,
     read_manifest,
+    restore_index,
     write_manifest,
     write_shard,
 )
 from mlvicx_dist.ingest.splits import Fractions, assign
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import Place, is_local, place, read_bytes, write_whole
+from mlvicx_dist.storage import Place, is_local, place, reaching, read_bytes, write_whole
 
 NOTES = ".packing"
+COPY = "near-duplicate"
+MAX_FILE_BYTES = 512 * 2**20
+"""A larger file is no radiograph."""
 MOST_SAMPLES, FEWEST_SAMPLES, SHARDS = 2048, 64, 16
 """A shard holds at most so many samples, and of a small set so few that there are 16 shards."""
 NearDuplicates = Literal["error", "drop", "allow"]
@@ -135,22 +140,29 @@ def pack(
     folder = place(out)
     tasks = plan(records, folder, settings=settings, salt=salt)
     digest = _digest(tasks)
+    # Notes hold keys: paths, which may name patients, stay out of the folder.
+    paths = {sample_key(salt, record.source, record.image_id): record.path for record in records}
     try:
-        if (folder / MANIFEST).exists():
-            return _mended(tasks, digest, workers, progress)
-        notes = _open_notes(folder, digest)
-        done = {task.name: note for task in tasks if (note := _note(notes, task))}
-        if progress:
-            progress.skip(sum(len(task.records) for task in tasks if task.name in done))
-        todo = [task for task in tasks if task.name not in done]
-        _pack_all(todo, done, notes, workers, progress)
-        _leave_out_copies(tasks, done, notes, workers)
-        refused = tuple(tuple(row) for task in tasks for row in done[task.name]["refused"])
-        _write_refused(report_path(folder, "refused"), refused)
-        _check_refused(folder, refused, len(records), max_refused)
-        _clear(folder)
-        write_manifest(_manifest(tasks, done, digest))
-        _remove(notes)
+        with reaching(folder):
+            if (folder / MANIFEST).exists():
+                return _mended(tasks, digest, workers, progress)
+            notes = _open_notes(folder, digest)
+            done = {task.name: note for task in tasks if (note := _note(notes, task, paths))}
+            if progress:
+                progress.skip(sum(len(task.records) for task in tasks if task.name in done))
+            todo = [task for task in tasks if task.name not in done]
+            _pack_all(todo, done, notes, workers, progress)
+            _leave_out_copies(tasks, done, notes, workers)
+            refused = tuple(
+                (paths[key], code, detail)
+                for task in tasks
+                for key, code, detail, _ in done[task.name]["refused"]
+            )
+            _write_refused(report_path(folder, "refused"), refused)
+            _check_refused(folder, refused, len(records), max_refused)
+            _clear(folder)
+            write_manifest(_manifest(tasks, done, digest))
+            _remove(notes)
     except OSError as error:
         raise DataError(
             f"{out}: packing stopped ({error.strerror or error}); make room or mend the folder's "
@@ -214,10 +226,11 @@ def _samples(task: ShardTask, note: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             if key in task.dropped:
                 note["dropped"].append(key)
-                raise Refused("near-duplicate", "a copy of it is in a later split")
+                raise Refused(COPY, "a copy of it is in a later split")
             sample, phash, size = _sample(task, record)
         except Refused as refusal:
-            note["refused"].append((record.path, refusal.code, refusal.detail))
+            stamp = _stamp(record.path)
+            note["refused"].append((key, refusal.code, refusal.detail, stamp))
             continue
         note["sources"][record.source] += 1
         note["hashes"].append((key, phash))
@@ -232,15 +245,16 @@ def _sample(task: ShardTask, record: Record) -> tuple[dict[str, bytes], str, int
         Refused: the file cannot be read, or is no frontal chest radiograph.
     """
     settings = task.settings
-    data = _read(record.path)
-    image = store(
-        data,
-        short_side_px=settings.short_side_px,
-        format=settings.format,
-        quality=settings.quality,
-        smallest_side_px=settings.smallest_side_px,
-        rules=settings.rules,
-    )
+    with _opened(record.path) as file:
+        image = store(
+            file,
+            short_side_px=settings.short_side_px,
+            format=settings.format,
+            quality=settings.quality,
+            smallest_side_px=settings.smallest_side_px,
+            rules=settings.rules,
+        )
+        size = file.seek(0, io.SEEK_END)
     if image.header:
         record = replace(
             record,
@@ -259,16 +273,38 @@ def _sample(task: ShardTask, record: Record) -> tuple[dict[str, bytes], str, int
     members = {image.suffix: image.data, "json": json.dumps(description, sort_keys=True).encode()}
     if record.mask is not None:
         members["mask.png"] = _mask(record, image)
-    return members, image.phash, len(data)
+    return members, image.phash, size
 
 
-def _read(path: str) -> bytes:
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """A source file, open; one of a store is fetched whole.
+
+    Raises:
+        Refused: it is not there, is too large, or cannot be read.
+    """
+    where = place(path)
     try:
-        return read_bytes(place(path))
+        with reaching(where):
+            if where.stat().st_size > MAX_FILE_BYTES:
+                raise Refused("size", f"more than {MAX_FILE_BYTES:,} bytes")
+        with where.open("rb") if is_local(where) else io.BytesIO(read_bytes(where)) as file:
+            yield file
     except FileNotFoundError:
         raise Refused("missing", "the file is gone") from None
     except OSError as error:
-        raise Refused("unreadable", error.strerror or str(error)) from None
+        raise Refused("unreachable", error.strerror or str(error)) from None
+
+
+def _stamp(path: str) -> str:
+    """Size and time of a file, by which it is seen that it was mended; empty where it is not."""
+    where = place(path)
+    try:
+        with reaching(where):
+            known = where.stat()
+            return f"{known.st_size} {getattr(known, 'st_mtime_ns', 0) or known.st_mtime}"
+    except OSError:
+        return ""
 
 
 def _mask(record: Record, image: Stored) -> bytes:
@@ -293,6 +329,11 @@ def _pack_all(
     """Pack shards and keep their notes."""
     read = 0
     for task, note in in_parallel(pack_shard, tasks, workers=workers):
+        if not (task.out / task.name).exists():
+            raise DataError(
+                f"{task.out}: a worker on another node wrote {task.name}, but it is not here: the "
+                "folder is not shared; choose an --out that all nodes see."
+            )
         done[task.name] = note
         write_whole(notes / f"{task.name}.json", json.dumps(note).encode())
         read += note["bytes_read"]
@@ -366,11 +407,13 @@ def _mended(
         )
     infos = {shard.name: shard for shard in manifest.shards}
     dropped = frozenset(manifest.settings["dropped"])
-    gone = [
-        replace(task, dropped=dropped)
-        for task in tasks
-        if not _there(manifest.folder, infos[task.name])
-    ]
+    gone = []
+    for task in tasks:
+        info, path = infos[task.name], task.out / task.name
+        if not path.exists() or path.stat().st_size != info.bytes:
+            gone.append(replace(task, dropped=dropped))
+        elif not index_path(path).exists():
+            restore_index(path, info)
     if progress:
         progress.skip(sum(len(task.records) for task in tasks) - sum(len(t.records) for t in gone))
     for task, note in in_parallel(pack_shard, gone, workers=workers):
@@ -382,6 +425,8 @@ def _mended(
             )
         if progress:
             progress.advance(len(task.records))
+    if (task.out / NOTES).exists():
+        _remove(task.out / NOTES)
     kept = len(tasks) - len(gone)
     return PackReport(manifest, (), len(gone), kept, already_packed=not gone)
 
@@ -414,8 +459,11 @@ def _clear(out: Place) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _note(notes: Place, task: ShardTask) -> dict[str, Any] | None:
-    """The note of a finished shard whose bytes are still those that were written."""
+def _note(notes: Place, task: ShardTask, paths: Mapping[str, str]) -> dict[str, Any] | None:
+    """The note of a finished shard, if the shard is what was written and would be so again.
+
+    It would not where a refused file has been mended, or copies were dropped that may now stay.
+    """
     path = task.out / task.name
     try:
         note: dict[str, Any] = json.loads((notes / f"{task.name}.json").read_text())
@@ -426,9 +474,15 @@ def _note(notes: Place, task: ShardTask) -> dict[str, Any] | None:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     return None
+        if note["dropped"] and task.settings.near_duplicates != "drop":
+            return None
+        mended = any(
+            code == "unreachable" or (code != COPY and _stamp(paths[key]) != stamp)
+            for key, code, _, stamp in note["refused"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return note
+    return None if mended else note
 
 
 def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], digest: str) -> Manifest:
@@ -453,10 +507,11 @@ def _manifest(tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], diges
 
 
 def _check_refused(out: Place, refused: Sequence[Refusal], count: int, max_refused: float) -> None:
-    if len(refused) > max_refused * count:
-        counts = Counter(code for _, code, _ in refused).most_common(4)
+    unusable = [code for _, code, _ in refused if code != COPY]
+    if len(unusable) > max_refused * count:
+        counts = Counter(unusable).most_common(4)
         raise TooManyRefusedError(
-            f"{out}: {len(refused)} of {count} files cannot be packed "
+            f"{out}: {len(unusable)} of {count} files cannot be packed "
             f"({', '.join(f'{code} {n}' for code, n in counts)}); see "
             f"{report_path(out, 'refused')}, and mend them or allow more with --max-refused."
         )
@@ -466,7 +521,7 @@ def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:
     """The owner's list of what was left out: it holds paths, so only the owner may read it."""
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("path", "reason", "detail"), *refused])
-    write_whole(path, buffer.getvalue().encode(), mode=0o600)
+    write_whole(path, buffer.getvalue().encode("utf-8", "surrogateescape"), mode=0o600)
 
 
 def _remove(notes: Place) -> None:

@@ -1,11 +1,11 @@
-"""From the bytes of an image file to those that are stored: read grey, resize, encode, hash."""
+"""From an image file to the bytes that are stored: read grey, resize, encode, hash."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +16,8 @@ from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
 
 Format = Literal["jpeg", "png8", "png16"]
+TOPS = [2**bits - 1 for bits in (8, 10, 12, 14, 15, 16)]
+"""Largest values of the depths that radiographs come in."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Stored:
 
 
 def store(
-    data: bytes,
+    file: BinaryIO,
     *,
     short_side_px: int,
     format: Format,
@@ -56,7 +58,7 @@ def store(
     """Read, resize so that the short side is at most `short_side_px`, and encode an image.
 
     Args:
-        data: The bytes of a DICOM or image file.
+        file: A DICOM or image file, open.
         short_side_px: Of the stored image; a smaller image stays as it is.
         format: JPEG, or PNG of 8 or 16 bits.
         quality: Of JPEG.
@@ -66,10 +68,15 @@ def store(
     Raises:
         Refused: the file cannot be read as a radiograph.
     """
-    image, header = read_image(data, bits=16 if format == "png16" else 8, rules=rules)
+    image, header = read_image(file, bits=16 if format == "png16" else 8, rules=rules)
+    # Pillow hands comments and profiles on to what it saves: they may name a patient.
+    image.info.clear()
     original = image.size
     if min(original) < smallest_side_px:
         raise Refused("small", f"{image.width} x {image.height} pixels are too few")
+    lowest, highest = image.getextrema()
+    if lowest == highest:
+        raise Refused("blank", "every pixel has the same value")
     scale = min(1.0, short_side_px / min(original))
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))
@@ -88,25 +95,26 @@ def store(
 
 
 def read_image(
-    data: bytes, *, bits: int = 8, rules: Rules = ANYTHING
+    file: BinaryIO, *, bits: int = 8, rules: Rules = ANYTHING
 ) -> tuple[Image.Image, Header | None]:
-    """The bytes of a DICOM or image file as a grey picture, and a DICOM file's header.
+    """A DICOM or image file as a grey picture, and a DICOM file's header.
 
     Args:
-        data: The bytes.
+        file: The file, open.
         bits: 8 gives mode L; 16 gives mode F with values 0 to 65535, which resizes exactly.
         rules: What a DICOM file must keep.
 
     Raises:
         Refused: it cannot be read.
     """
-    if is_dicom(data):
-        values, header = read_radiograph(data, bits=bits, rules=rules)
+    if is_dicom(file.read(132)):
+        values, header = read_radiograph(file, bits=bits, rules=rules)
         return Image.fromarray(values if bits == 8 else values.astype(np.float32)), header
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            file.seek(0)
+            with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Refused("size", f"{image.width} x {image.height} pixels are too many")
                 if getattr(image, "n_frames", 1) > 1:
@@ -122,8 +130,7 @@ def read_image(
 def _grey(image: Image.Image, bits: int) -> Image.Image:
     """Any mode of Pillow's to grey of the depth wanted; transparency lies over black."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        wide = values if values.max(initial=0) > 255 else values * 257
+        wide = _wide(np.asarray(image).astype(np.float32), fractions=image.mode == "F")
         return Image.fromarray(wide if bits == 16 else np.round(wide / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -132,3 +139,15 @@ def _grey(image: Image.Image, bits: int) -> Image.Image:
     if bits == 8:
         return grey
     return Image.fromarray(np.asarray(grey).astype(np.float32) * 257)
+
+
+def _wide(values: np.ndarray, *, fractions: bool) -> np.ndarray:
+    """Values of 8 to 16 bits, or fractions of one, over the range of 16 bits, float32 [H, W].
+
+    A file of 16 bits does not tell how many it uses: the fewest that hold its largest value.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 65535):
+        raise Refused("depth", f"values from {low:g} to {high:g} are not 8 to 16 bits")
+    top = 1 if fractions and high <= 1 else next(t for t in TOPS if high <= t)
+    return np.asarray(values * np.float32(65535 / top))

@@ -76,7 +76,7 @@ def salt_digest(salt: bytes) -> str:
 
 
 def _hash(salt: bytes, *parts: str) -> str:
-    text = "\x1f".join(parts).encode()
+    text = "\x1f".join(parts).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, key=salt, digest_size=KEY_BYTES).hexdigest()
 
 

@@ -21,11 +21,11 @@ from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import Place, becoming, place, write_whole
+from mlvicx_dist.storage import Place, becoming, place, read_bytes, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 36_000_000
 """A larger image is taken for an attack on memory."""
 IMAGE_SUFFIXES = ("jpg", "png")
 NUMBERS = (
@@ -36,6 +36,8 @@ NUMBERS = (
     "mask_offset",
     "mask_size",
 )
+OWNER = ("root", "root", 0, 0)
+"""Of every member: user and group by name and number."""
 KEY_LENGTH = 32
 INDEX_DTYPE = np.dtype([("key", f"S{KEY_LENGTH}"), *((name, "<i8") for name in NUMBERS)])
 """One row a sample; the mask's numbers are 0 where there is none."""
@@ -147,6 +149,23 @@ def write_shard(path: Place, samples: Iterable[dict[str, Any]], *, split: str) -
     return info
 
 
+def restore_index(path: Place, info: ShardInfo) -> None:
+    """Write the index of a shard again, from the shard.
+
+    Raises:
+        DataError: the shard is not what was written.
+    """
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != info.sha256:
+        raise DataError(
+            f"{path}: its bytes are not those that were written; remove it and run the same "
+            "sharding command again."
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, build_index(io.BytesIO(data), str(path)))
+    write_whole(index_path(path), buffer.getvalue())
+
+
 def index_path(shard: Place) -> Place:
     """Where the index of a shard is: beside it."""
     return shard.parent / (shard.name.removesuffix(".tar") + ".index.npy")
@@ -161,7 +180,7 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
 
     Raises:
         DataError: the tar is cut short, a sample has no image or no JSON, or a member is none of
-            ours: a link, a folder, a path.
+            ours: a link, a folder, a path, of another owner, there twice.
     """
     rows: dict[str, dict[str, int]] = {}
     try:
@@ -169,10 +188,17 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 kind = {"json": "json", "mask.png": "mask"}.get(suffix, "image")
-                strange = "/" in member.name or not member.isreg() or len(key) > KEY_LENGTH
-                if strange or (kind == "image" and suffix not in IMAGE_SUFFIXES):
+                owned = (member.uname, member.gname, member.uid, member.gid) == OWNER
+                plain = owned and member.isreg() and "/" not in member.name
+                if (
+                    not plain
+                    or len(key) > KEY_LENGTH
+                    or (kind == "image" and suffix not in IMAGE_SUFFIXES)
+                ):
                     raise DataError(f"{name}: the member {member.name} does not belong in a shard")
                 row = rows.setdefault(key, {})
+                if f"{kind}_size" in row:
+                    raise DataError(f"{name}: the member {member.name} stands twice")
                 row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{name}: the tar cannot be read ({error})") from None

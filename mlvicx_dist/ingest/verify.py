@@ -10,18 +10,19 @@ import hashlib
 import io
 import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.leaks import Hashed, Leak, find_leaks, hashed
+from mlvicx_dist.ingest.leaks import Hashed, Leak, find_leaks, hashed, torn_patients
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, OLDEST_AGE, VIEWS
 from mlvicx_dist.ingest.shards import (
+    Manifest,
     ShardInfo,
     build_index,
     decode_image,
@@ -30,12 +31,25 @@ from mlvicx_dist.ingest.shards import (
 )
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import Place, is_local, place
+from mlvicx_dist.storage import Place, is_local, place, read_bytes
 
 HEX32, HEX64 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 SIDES = {"label", "left", "top", "right", "bottom"}
-PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi"}
-"""What Pillow tells of an image that holds pixels and nothing else."""
+JFIF_BYTES = 16
+PLAIN_PARTS = {
+    "FFE0",
+    "FFDB",
+    "FFC0",
+    "FFC1",
+    "FFC2",
+    "FFC4",
+    "FFDA",
+    "FFDD",
+    "IHDR",
+    "IDAT",
+    "IEND",
+}
+"""Segments and chunks of a JPEG and a PNG that hold pixels and how to decode them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Verdict:
     samples: int
     problems: tuple[str, ...]
     leaks: tuple[Leak, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def repair(self) -> str:
@@ -63,6 +78,7 @@ class Verdict:
             "shards": self.shards,
             "samples": self.samples,
             "problems": list(self.problems),
+            "notes": list(self.notes),
             "leaks": [
                 {"bits": leak.bits, "first": _named(leak.first), "second": _named(leak.second)}
                 for leak in self.leaks
@@ -71,9 +87,9 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict in words."""
-        lines = list(self.problems)
-        if lines:
-            lines.append(f"{len(lines)} problems; to mend them, {self.repair}.")
+        lines = [*self.notes, *self.problems]
+        if self.problems:
+            lines.append(f"{len(self.problems)} problems; to mend them, {self.repair}.")
         else:
             lines.append(f"{self.folder}: {self.samples} samples in {self.shards} shards, whole.")
         for leak in self.leaks[:20]:
@@ -100,7 +116,6 @@ class _Seen:
     info: ShardInfo
     problems: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    patients: set[tuple[str, str]] = field(default_factory=set)
 
 
 def verify(
@@ -125,22 +140,16 @@ def verify(
     others = [read_manifest(other) for other in against]
     problems: dict[str, list[str]] = {}
     keys: Counter[str] = Counter()
-    splits: dict[tuple[str, str], str] = {}
-    torn = 0
-    tasks = [(str(manifest.folder), info) for info in manifest.shards]
+    tasks = [_Task(manifest, info) for info in manifest.shards]
     for _, seen in in_parallel(_look, tasks, workers=workers):
         problems[seen.info.name] = seen.problems
         keys.update(seen.keys)
-        for patient in seen.patients:
-            torn += splits.setdefault(patient, seen.info.split) != seen.info.split
         if progress:
             progress.advance(seen.info.samples)
     found = [problem for name in sorted(problems) for problem in problems[name]]
     twice = sum(count > 1 for count in keys.values())
     if twice:
         found.append(f"{manifest.folder}: {twice} keys stand in more than one place")
-    if torn:
-        found.append(f"{manifest.folder}: {torn} patients are in two splits")
     totals = Counter[str]()
     for shard in manifest.shards:
         totals[shard.split] += shard.samples
@@ -151,21 +160,49 @@ def verify(
     found += [f"{manifest.folder / name}: the manifest does not name this shard" for name in stray]
     leaks: list[Leak] = []
     if not found:
-        leaks = find_leaks([one for each in (manifest, *others) for one in hashed(each)])
+        images = [one for each in (manifest, *others) for one in hashed(each)]
+        leaks = find_leaks(images)
+        found += _torn(images, [manifest, *others], manifest.salt_digest)
     return Verdict(
-        manifest.folder, len(manifest.shards), sum(keys.values()), tuple(found), tuple(leaks)
+        folder=manifest.folder,
+        shards=len(manifest.shards),
+        samples=sum(keys.values()),
+        problems=tuple(found),
+        leaks=tuple(leaks),
+        notes=tuple(
+            f"{other.folder}: packed with another salt, so only its images can be compared, not "
+            "its patients."
+            for other in others
+            if other.salt_digest != manifest.salt_digest
+        ),
     )
 
 
-def _look(task: tuple[str, ShardInfo]) -> _Seen:
-    folder, info = place(task[0]), task[1]
+def _torn(images: Sequence[Hashed], manifests: Sequence[Manifest], salt_digest: str) -> list[str]:
+    """Patients who are in two splits of the folders that share a salt."""
+    folders = sorted({str(m.folder) for m in manifests if m.salt_digest == salt_digest})
+    torn = torn_patients(image for image in images if image.folder in folders)
+    return [f"{', '.join(folders)}: {torn} patients are in two splits"] if torn else []
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to look at, and what may stand in it."""
+
+    manifest: Manifest
+    info: ShardInfo
+
+
+def _look(task: _Task) -> _Seen:
+    info = task.info
+    folder = place(task.manifest.folder)
     seen = _Seen(info)
     path = folder / info.name
     if not path.exists():
         seen.problems.append(f"{path}: the shard is missing")
         return seen
     # A remote shard is read once, into memory.
-    file = path.open("rb") if is_local(path) else io.BytesIO(path.read_bytes())
+    file = path.open("rb") if is_local(path) else io.BytesIO(read_bytes(path))
     with file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             seen.problems.append(f"{path}: its bytes are not those that were written (SHA-256)")
@@ -185,11 +222,11 @@ def _look(task: tuple[str, ShardInfo]) -> _Seen:
                 f"{path}: {len(index)} samples, but the manifest says {info.samples}"
             )
         for row in index:
-            _look_at_sample(seen, str(path), row, file)
+            _look_at_sample(seen, task.manifest, str(path), row, file)
     return seen
 
 
-def _look_at_sample(seen: _Seen, path: str, row: np.void, file: Any) -> None:
+def _look_at_sample(seen: _Seen, manifest: Manifest, path: str, row: np.void, file: Any) -> None:
     """Decode the image and the mask, and hold the JSON against what is allowed."""
     key = row["key"].decode()
     seen.keys.append(key)
@@ -210,28 +247,74 @@ def _look_at_sample(seen: _Seen, path: str, row: np.void, file: Any) -> None:
         except DataError as error:
             problem(str(error))
             continue
-        extra = hidden_text(member(kind))
+        extra = beside_pixels(member(kind))
         if extra:
             problem(f"its {kind} carries {extra}, which may name a patient")
     if len(set(shapes)) > 1:
         problem("its mask is not of the size of its image")
     try:
-        known = json.loads(member("json"))
-        for what in not_allowed(known, seen.info.split):
+        known = json.loads(member("json"), object_pairs_hook=_once)
+        for what in not_allowed(known, seen.info.split, manifest):
             problem(f"{what} may not be in a shard")
-        seen.patients.add((known["source"], known["patient"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         problem("its JSON is damaged")
 
 
-def hidden_text(image: bytes) -> str:
-    """What an encoded image carries beside its pixels, in words; nothing where it is plain."""
-    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
-        picture.load()
-        return ", ".join(sorted(map(str, set(picture.info) - PLAIN)))
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand once."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
-def not_allowed(known: dict[str, Any], split: str) -> list[str]:
+def beside_pixels(image: bytes) -> str:
+    """What an encoded image carries beside its pixels, in words; nothing where it is plain.
+
+    Args:
+        image: A JPEG or PNG that decodes.
+    """
+    try:
+        kinds, end = _jpeg_parts(image) if image[:2] == b"\xff\xd8" else _png_parts(image)
+    except (struct.error, IndexError, ValueError):
+        return "parts that cannot be told"
+    extra = sorted({kind for kind in kinds if kind not in PLAIN_PARTS})
+    if end < len(image):
+        extra.append(f"{len(image) - end} bytes after its end")
+    return ", ".join(extra)
+
+
+def _jpeg_parts(image: bytes) -> tuple[list[str], int]:
+    """The names of a JPEG's segments, and where it ends."""
+    place = 2
+    kinds: list[str] = []
+    while True:
+        kind = image[place + 1]
+        if kind == 0xD9:
+            return kinds, place + 2
+        size = int(struct.unpack(">H", image[place + 2 : place + 4])[0])
+        # A JFIF header of another size than the plain one holds a thumbnail, or something else.
+        plain = kind != 0xE0 or size == JFIF_BYTES
+        kinds.append(f"FF{kind:02X}" if plain else f"FFE0 of {size} bytes")
+        place += 2 + size
+        while kind == 0xDA:
+            # The pixels: up to the next marker that is neither an escaped FF nor a restart.
+            place = image.index(b"\xff", place)
+            if image[place + 1] != 0 and not 0xD0 <= image[place + 1] < 0xD8:
+                break
+            place += 2
+
+
+def _png_parts(image: bytes) -> tuple[list[str], int]:
+    """The names of a PNG's chunks, and where it ends."""
+    place, kinds = 8, [""]
+    while kinds[-1] != "IEND":
+        size, kind = struct.unpack(">I4s", image[place : place + 8])
+        kinds.append(kind.decode("latin-1"))
+        place += 12 + size
+    return kinds[1:], place
+
+
+def not_allowed(known: dict[str, Any], split: str, manifest: Manifest) -> list[str]:
     """What the JSON of a sample says that it may not, in words."""
     wrong = [f"the key {key}" for key in sorted(set(known) - set(ALLOWED_KEYS))]
     for key, allowed in _ALLOWED.items():
@@ -239,6 +322,11 @@ def not_allowed(known: dict[str, Any], split: str) -> list[str]:
             wrong.append(f"this {key}")
     if known["split"] != split:
         wrong.append("another split than its shard's")
+    if known["source"] not in manifest.sources:
+        wrong.append("a source that the manifest does not name")
+    labels = [*known["labels"], *(box["label"] for box in known["boxes"])]
+    if not set(labels) <= set(manifest.classes):
+        wrong.append("a class that the manifest does not name")
     return wrong
 
 

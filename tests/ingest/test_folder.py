@@ -2,6 +2,8 @@
 
 import csv
 import io
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.pack import PackSettings, pack
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv, list_folder
 
 
@@ -93,14 +96,66 @@ def test_missing_and_empty_folders_say_so(tmp_path):
         list_folder(tmp_path, name="x")
 
 
-def test_a_folder_of_patients_is_not_taken_for_classes(tmp_path):
-    for number in range(41):
-        path = tmp_path / f"Doe^Jane{number}" / "a.png"
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"ward{k}" for k in range(41)], "the subfolders are 41"),
+        (["Doe^Jane"], "look like patients or dates"),
+        (["2024-03-01"], "look like patients or dates"),
+    ],
+)
+def test_subfolders_that_may_name_patients_are_not_taken_for_classes(tmp_path, names, words):
+    for name in names:
+        path = tmp_path / name / "a.png"
         path.parent.mkdir()
         path.touch()
-    with pytest.raises(DataError, match=r"41 subfolders would become classes.*--no-classes"):
+    with pytest.raises(DataError, match=rf"{words}.*--no-classes"):
         list_folder(tmp_path, name="x")
     assert list_folder(tmp_path, name="x", classes=False).records[0].labels == {}
+
+
+def test_what_is_not_known_or_not_taken_is_said(folder):
+    notes = " ".join(list_folder(folder, name="x", patient_regex="(person[0-9]+)_").notes)
+    assert "of 2 of 4 images the patient is not known" in notes
+    assert "named in the shards: NORMAL, SICK" in notes
+    assert "1 of 5 files are no images" in notes
+
+
+def test_dicom_files_are_found_whatever_their_name(phantom_files, tmp_path):
+    names = ("1.2.276.0.7230010.3.1.4.850819", "IM0001", "a.dcm")
+    for name, path in zip(names, sorted((phantom_files / "dicom").iterdir()), strict=False):
+        shutil.copy(path, tmp_path / name)
+    (tmp_path / "notes.doc").write_text("no image")
+    records = list_folder(tmp_path, name="x").records
+    assert {record.image_id for record in records} == set(names)
+    assert len({record.patient_id for record in records}) == 3
+
+
+def test_a_name_in_latin_1_is_packed(tmp_path, salt):
+    name = os.fsencode(str(tmp_path)) + b"/M\xfcller.png"
+    with open(name, "wb") as file:
+        Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(np.uint8)).save(file, "PNG")
+    with open(name[:-4] + b"2.png", "wb") as file:
+        file.write(b"no image")
+    records = list_folder(tmp_path, name="x").records
+    report = pack(records, tmp_path / "out", settings=PackSettings(), salt=salt, max_refused=0.5)
+    assert report.reasons() == {"unreadable": 1}
+    assert sum(report.manifest.splits.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        (Columns(patient="patientid"), {}, "no column 'patientid'.*'patient_id'"),
+        (Columns(labels="labelz"), {}, "no column 'labelz'"),
+        (Columns(), {"classes": ["Pneumonia"]}, "no column 'labels'.*'label'"),
+        (Columns(labels="label"), {"classes": ["pneumonia"]}, "did you mean 'Pneumonia'"),
+    ],
+)
+def test_a_column_or_class_that_is_misspelt_is_an_error(folder, columns, options, words):
+    (folder / "t.csv").write_text("path,label,patient_id\nloose.png,Pneumonia,p1\n")
+    with pytest.raises(DataError, match=words):
+        list_csv(folder, folder / "t.csv", name="x", columns=columns, **options)
 
 
 CELL = st.text('abp1,|"?. \n', max_size=12)

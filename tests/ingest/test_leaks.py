@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import combinations
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest import pack as packing
 from mlvicx_dist.ingest.pack import PackSettings, pack
 from mlvicx_dist.ingest.phash import NEAR_BITS, as_words, near_pairs, perceptual_hash
 from mlvicx_dist.ingest.record import Record
@@ -113,6 +116,36 @@ def test_dropping_leaves_the_earlier_one_out_and_mends_to_the_same_bytes(images,
     again = pack(images, out, settings=drop, salt=salt, max_refused=0.2)
     assert (again.written, shard.read_bytes()) == (1, before)
     assert verify(out).leaks == ()
+
+
+def test_a_mode_that_keeps_copies_brings_dropped_ones_back(images, salt, tmp_path):
+    drop = PackSettings(near_duplicates="drop")
+    allow = PackSettings(near_duplicates="allow")
+    with patch.object(packing, "write_manifest", side_effect=OSError(28, "No space")):
+        with pytest.raises(DataError):
+            pack(images, tmp_path / "out", settings=drop, salt=salt)
+    report = pack(images, tmp_path / "out", settings=allow, salt=salt)
+    assert sum(report.manifest.splits.values()) == 12
+    pack(images, tmp_path / "clean", settings=allow, salt=salt)
+    for shard in (tmp_path / "clean").glob("*.tar"):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def test_a_patient_in_two_splits_of_two_folders_is_found(images, salt, tmp_path):
+    pack(images[:3], tmp_path / "a", settings=PackSettings(), salt=salt)
+    again = [
+        replace(r, image_id=f"b{r.image_id}", patient_id="1", split="test") for r in images[4:6]
+    ]
+    pack(again, tmp_path / "b", settings=PackSettings(), salt=salt)
+    (problem,) = verify(tmp_path / "b", against=[tmp_path / "a"]).problems
+    assert "1 patients are in two splits" in problem
+    pack(again, tmp_path / "c", settings=PackSettings(), salt=b"\x02" * 32)
+    verdict = verify(tmp_path / "c", against=[tmp_path / "a"])
+    assert verdict.problems == ()
+    assert "another salt" in verdict.notes[0]
+    next((tmp_path / "a").glob("*.tar")).unlink()
+    with pytest.raises(DataError, match="the shard cannot be read"):
+        verify(tmp_path / "b", against=[tmp_path / "a"])
 
 
 def test_allowing_keeps_both_and_verify_says_so(images, salt, tmp_path, capsys):

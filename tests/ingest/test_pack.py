@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest.masks import RunLengths, encode_runs
 from mlvicx_dist.ingest.pack import PackSettings, pack, plan
+from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
 from mlvicx_dist.ingest.shards import (
     build_index,
@@ -113,7 +116,7 @@ def damaged(tmp_path):
     records = []
     for number in range(10):
         path = tmp_path / f"{number}.png"
-        Image.fromarray(np.full((64, 64), number, np.uint8)).save(path)
+        Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(np.uint8) + number).save(path)
         records.append(
             Record(source="s", image_id=path.name, path=str(path), patient_id=path.name, labels={})
         )
@@ -138,6 +141,89 @@ def test_too_many_bad_images_write_no_manifest(damaged, salt, tmp_path):
         pack(damaged, tmp_path / "out", settings=SETTINGS, salt=salt)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_file_that_was_mended_is_packed_by_the_same_command(damaged, salt, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(TooManyRefusedError):
+        pack(damaged, out, settings=SETTINGS, salt=salt)
+    inside = b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    assert str(tmp_path).encode() not in inside  # paths may name patients
+    for number in (3, 4):
+        shutil.copy(tmp_path / "5.png", tmp_path / f"{number}.png")
+    settings = replace(SETTINGS, near_duplicates="allow")
+    report = pack(damaged, out, settings=settings, salt=salt)
+    assert report.reasons() == {}
+    assert sum(report.manifest.splits.values()) == 10
+    assert not (out / ".packing").exists()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("stored", ["jpeg", "png8", "png16"])
+def test_comments_and_profiles_of_a_file_do_not_reach_a_shard(form, stored, salt, tmp_path):
+    picture = Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(np.uint8))
+    text = PngInfo()
+    for key in ("comment", "Description"):
+        text.add_itxt(key, "DOE^JANE")
+    path = tmp_path / f"a.{form.lower()}"
+    picture.save(path, form, comment=b"DOE^JANE", pnginfo=text, icc_profile=b"DOE^JANE", dpi=(1, 1))
+    assert b"DOE^JANE" in path.read_bytes()
+    record = Record(
+        source="s", image_id="a", path=str(path), patient_id="p", labels={}, split="train"
+    )
+    settings = PackSettings(format=stored)
+    pack([record], tmp_path / "out", settings=settings, salt=salt)
+    assert b"DOE^JANE" not in b"".join(contents(tmp_path / "out").values())
+    assert verify(tmp_path / "out").problems == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        (np.arange(4096, dtype=np.uint16), 4095),
+        (np.arange(4096, dtype=np.uint16) * 16, 65535),
+        (np.linspace(0, 1, 4096, dtype=np.float32), 1),
+        (np.arange(4096, dtype=np.int32) * 4, 16383),
+    ],
+)
+def test_deep_images_fill_the_range_whatever_their_bits(values, top, tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(values.reshape(64, 64)).save(path)
+    for bits in (8, 16):
+        with path.open("rb") as file:
+            grey = np.asarray(read_image(file, bits=bits)[0], dtype=float).reshape(-1)
+        wanted = values.astype(float) / top * (2**bits - 1)
+        assert np.abs(grey - wanted).max() <= 0.51
+
+
+def test_a_blank_image_is_refused(salt, tmp_path, damaged):
+    for number in (3, 4):
+        Image.new("L", (64, 64), 7).save(tmp_path / f"{number}.png")
+    report = pack(damaged, tmp_path / "out", settings=SETTINGS, salt=salt, max_refused=0.5)
+    assert report.reasons() == {"blank": 2}
+
+
+def test_a_lost_index_is_made_from_the_shard_and_the_shard_is_left(phantom_records, salt, tmp_path):
+    out = tmp_path / "out"
+    pack(phantom_records, out, settings=SETTINGS, salt=salt)
+    before = contents(out)
+    shard = min(out.glob("*.tar"))
+    time_ns = shard.stat().st_mtime_ns
+    index_path(shard).unlink()
+    assert pack(phantom_records, out, settings=SETTINGS, salt=salt).already_packed
+    assert contents(out) == before
+    assert shard.stat().st_mtime_ns == time_ns
+
+
+def test_shards_do_not_go_into_their_source(phantom_files, tmp_path, salt):
+    (tmp_path / "salt").write_text(salt.hex())
+    script = Path(__file__).parents[2] / "sharding" / "shard_folder.py"
+    command = [sys.executable, str(script), "--source", str(phantom_files)]
+    command += ["--out", str(phantom_files / "shards"), "--salt-file", str(tmp_path / "salt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "lies in the source" in done.stderr
+    assert not (phantom_files / "shards").exists()
 
 
 def test_a_folder_that_was_not_packed_to_the_end_says_so(tmp_path):
@@ -243,7 +329,7 @@ def test_a_damaged_shard_is_packed_again_alone(phantom_records, salt, tmp_path):
     before = contents(out)
     first, second, *_ = sorted(out.glob("*.tar"))
     first.write_bytes(first.read_bytes()[:-2000])
-    index_path(second).unlink()
+    second.unlink()
     report = pack(phantom_records, out, settings=SETTINGS, salt=salt)
     assert (report.written, report.already_packed) == (2, False)
     assert contents(out) == before

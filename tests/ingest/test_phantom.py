@@ -1,5 +1,7 @@
 """Phantoms: seeded, independent findings, some as DICOM, all readable by the folder source."""
 
+import io
+
 import numpy as np
 
 from mlvicx_dist.ingest.pixels import read_image
@@ -32,7 +34,7 @@ def test_files_are_resumed_and_dicom_reads_as_drawn(phantom_files, phantom_recor
     assert 8 <= len(dicom) <= 16
     for path in dicom[:4]:
         drawn = draw_phantom(0, int(path.stem[-6:]), size_px=64).pixels
-        read = np.asarray(read_image(path.read_bytes(), bits=16)[0]) / 65535
+        read = np.asarray(read_image(io.BytesIO(path.read_bytes()), bits=16)[0]) / 65535
         assert np.abs(read - drawn / 4095).max() < 2e-3
     before = {p: p.stat().st_mtime_ns for p in phantom_files.rglob("*.png")}
     write_phantoms(phantom_files, 60, size_px=64)

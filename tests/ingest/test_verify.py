@@ -90,6 +90,13 @@ def with_exif(sample):
     sample["jpg"] = buffer.getvalue()
 
 
+def with_segment(segment):
+    def change(sample):
+        sample["jpg"] = sample["jpg"][:2] + segment + sample["jpg"][2:]
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -98,11 +105,20 @@ def with_exif(sample):
         (with_json(view="PA Jane Doe"), "this view may not be"),
         (with_json(age=94), "this age may not be"),
         (with_json(sex="Jane"), "this sex may not be"),
-        (with_json(labels={"x": "Jane"}), "this labels may not be"),
-        (with_json(boxes=[{"label": "x", "left": "Jane"}]), "this boxes may not be"),
+        (with_json(labels={"nodule": "Jane"}), "this labels may not be"),
+        (with_json(boxes=[{"label": "nodule", "left": "Jane"}]), "this boxes may not be"),
         (with_json(phash="Jane"), "this phash may not be"),
         (with_json(split="holdout"), "another split than its shard's"),
-        (with_exif, "its image carries exif"),
+        (with_json(source="Jane Doe"), "a source that the manifest does not name"),
+        (with_json(labels={"Jane Doe": 1}), "a class that the manifest does not name"),
+        (with_exif, "its image carries FFE1"),
+        (with_segment(b"\xff\xe9\x00\x0aJane Doe"), "its image carries FFE9"),
+        (with_segment(b"\xff\xe0\x00\x0aJane Doe"), "its image carries FFE0 of 10 bytes"),
+        (lambda s: s.update(jpg=s["jpg"] + b"Jane Doe"), "8 bytes after its end"),
+        (
+            lambda s: s.update(json=s["json"].replace(b"{", b'{"view": "Jane", ', 1)),
+            "JSON is damaged",
+        ),
         (lambda s: s.update(__key__="Jane-Doe"), "its key is not 32 hexadecimal digits"),
         (lambda s: s.update(json=b"{}"), "its JSON is damaged"),
         (lambda s: s.update({"mask.png": PNG}), "its mask is not of the size of its image"),
@@ -120,6 +136,20 @@ def test_a_member_that_is_none_of_ours_is_refused(shards, name):
     with tarfile.open(first(shards), "a") as tar:
         tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     assert any("does not belong in a shard" in p for p in verify(shards).problems)
+
+
+def test_a_tar_that_tells_of_an_owner_or_holds_a_member_twice_is_refused(shards):
+    for owner, words in (("jane", "does not belong"), ("root", "stands twice")):
+        path = first(shards)
+        with tarfile.open(path) as tar:
+            name = tar.getnames()[0] if owner == "root" else "a" * 32 + ".json"
+        whole = path.read_bytes()
+        with tarfile.open(path, "a") as tar:
+            info = tarfile.TarInfo(name)
+            info.uname = info.gname = owner
+            tar.addfile(info, io.BytesIO())
+        assert any(words in p for p in verify(shards).problems)
+        path.write_bytes(whole)
 
 
 def test_many_workers_say_the_same_as_one(shards):

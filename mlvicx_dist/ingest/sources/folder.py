@@ -14,29 +14,44 @@ from mlvicx_dist.ingest.dicom import read_header
 from mlvicx_dist.ingest.record import Record
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.sources.tables import Listing, Table, age_years, read_table
+from mlvicx_dist.progress import progress
 from mlvicx_dist.session import in_parallel
 from mlvicx_dist.storage import Place, files_below, place
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-DICOM = {".dcm", ".dicom", ""}
-"""A file without a suffix may be DICOM; its preamble tells."""
+DICOM = {".dcm", ".dicom"}
+"""Any other file may be DICOM too, as a UID for a name has no suffix; its preamble tells."""
 NO_FINDING = {"", "no finding", "normal", "none"}
 MOST_CLASSES = 40
 """More subfolders than this are patients or dates, not classes: their names stay out of shards."""
 CHUNK = 512
 
 
+NAMELIKE = re.compile(r"\^|\d{4}")
+"""What class names do not hold, but names and numbers of patients and dates do."""
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Names of a CSV's columns; all but `path` may be absent."""
+    """Names of a CSV's columns; None: the field's own name, which may be absent but for `path`."""
 
-    path: str = "path"
-    labels: str = "labels"
-    patient: str = "patient"
-    split: str = "split"
-    view: str = "view"
-    sex: str = "sex"
-    age: str = "age"
+    path: str | None = None
+    labels: str | None = None
+    patient: str | None = None
+    split: str | None = None
+    view: str | None = None
+    sex: str | None = None
+    age: str | None = None
+
+    def of(self, table: Table) -> dict[str, str]:
+        """The column of each field; of a field that has none, the empty name.
+
+        Raises:
+            DataError: a column that was named is not there, or that of the paths is not.
+        """
+        given = {field: name for field, name in vars(self).items() if name is not None}
+        table.need(given.get("path", "path"), *given.values())
+        return {f: given.get(f) or (f if f in table.header else "") for f in vars(self)}
 
 
 def list_folder(
@@ -65,33 +80,34 @@ def list_folder(
     """
     folder = place(source)
     pattern = _pattern(patient_regex)
-    paths = [path for path in files_below(folder) if _wanted(path)]
-    headers = _headers(folder, [path for path in paths if _suffix(path) in DICOM], workers)
-    # A file without a suffix that is no DICOM file is no image.
-    paths = [path for path in paths if _suffix(path) != "" or headers[path] is not None]
+    found = files_below(folder)
+    shown = [path for path in found if not any(part.startswith(".") for part in path.split("/"))]
+    headers = _headers(folder, [path for path in shown if _suffix(path) not in IMAGES], workers)
+    paths = [path for path in shown if _suffix(path) in IMAGES | DICOM or headers[path] is not None]
     if not paths:
         raise DataError(
             f"{source}: there are no images in it; files of {', '.join(sorted(IMAGES | DICOM))} "
             "and any with a DICOM preamble are taken."
         )
     names = sorted({_top(path) for path in paths} - {""}) if classes else []
-    if len(names) > MOST_CLASSES:
-        raise DataError(
-            f"{source}: {len(names)} subfolders would become classes, and their names part of the "
-            "shards; give --no-classes if they are not classes, or a --csv with the labels."
+    _check_classes(source, names)
+    patients = {path: _patient(pattern, path) or headers.get(path) or "" for path in paths}
+    records = [
+        Record(
+            source=name,
+            image_id=path,
+            path=str(folder / path),
+            patient_id=patients[path] or path,
+            labels={c: int(_top(path) == c) if _top(path) else None for c in names},
         )
-    return Listing(
-        [
-            Record(
-                source=name,
-                image_id=path,
-                path=str(folder / path),
-                patient_id=_patient(pattern, path) or headers.get(path) or path,
-                labels={c: int(_top(path) == c) if _top(path) else None for c in names},
-            )
-            for path in paths
-        ]
-    )
+        for path in paths
+    ]
+    notes = _unknown_patients(source, patients.values(), "--patient-regex or a --csv")
+    if names:
+        notes.append(f"{source}: classes by subfolder, named in the shards: {', '.join(names)}.")
+    if len(paths) < len(found):
+        notes.append(f"{source}: {len(found) - len(paths)} of {len(found)} files are no images.")
+    return Listing(records, notes)
 
 
 def list_csv(
@@ -126,41 +142,42 @@ def list_csv(
     """
     folder = place(source)
     rows = read_table(place(table))
-    rows.need(columns.path, *(condition.partition("=")[0] for condition in where))
+    column = columns.of(rows)
+    rows.need(*(condition.partition("=")[0] for condition in where))
     chosen = [(line, cells) for line, cells in rows if _meets(cells, where)]
     if not chosen:
         raise DataError(f"{table}: no row is left; check the file and --where.")
-    _check_there(folder, rows, [cells[columns.path] for _, cells in chosen])
-    found = [_labels(cells.get(columns.labels, ""), unknown) for _, cells in chosen]
-    if classes is None:
-        classes = sorted({label for labels in found if labels for label in labels})
+    _check_there(folder, rows, [cells[column["path"]] for _, cells in chosen])
+    found = [_labels(cells.get(column["labels"], ""), unknown) for _, cells in chosen]
+    occurring = sorted({label for labels in found if labels for label in labels})
+    notes = _check_labels(rows, column["labels"], classes, occurring)
+    classes = occurring if classes is None else classes
     records = [
         Record(
             source=name,
-            image_id=cells[columns.path],
-            path=str(folder / cells[columns.path]),
-            patient_id=cells.get(columns.patient, ""),
+            image_id=cells[column["path"]],
+            path=str(folder / cells[column["path"]]),
+            patient_id=cells.get(column["patient"], ""),
             labels={c: None if labels is None else int(c in labels) for c in classes},
-            split=cells.get(columns.split) or None,
-            view=cells.get(columns.view) or None,
-            sex=cells.get(columns.sex, "").upper()[:1] or None,
-            age=age_years(rows, line, cells.get(columns.age, "")),
+            split=cells.get(column["split"]) or None,
+            view=cells.get(column["view"]) or None,
+            sex=cells.get(column["sex"], "").upper()[:1] or None,
+            age=age_years(rows, line, cells.get(column["age"], "")),
         )
         for (line, cells), labels in zip(chosen, found, strict=True)
     ]
-    unnamed = [r.image_id for r in records if not r.patient_id and _suffix(r.image_id) in DICOM]
+    unnamed = [
+        r.image_id for r in records if not r.patient_id and _suffix(r.image_id) not in IMAGES
+    ]
     headers = _headers(folder, unnamed, workers)
+    patients = [r.patient_id or headers.get(r.image_id) or "" for r in records]
+    notes += _unknown_patients(table, patients, "--patient-column")
     return Listing(
         [
-            r if r.patient_id else replace(r, patient_id=headers.get(r.image_id) or r.image_id)
-            for r in records
-        ]
-    )
-
-
-def _wanted(path: str) -> bool:
-    return _suffix(path) in IMAGES | DICOM and not any(
-        part.startswith(".") for part in path.split("/")
+            replace(record, patient_id=patient or record.image_id)
+            for record, patient in zip(records, patients, strict=True)
+        ],
+        notes,
     )
 
 
@@ -193,9 +210,62 @@ def _headers(folder: Place, paths: Sequence[str], workers: int | None) -> dict[s
         return {}
     chunks = [(str(folder), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
     found: dict[str, str | None] = {}
-    for _, part in in_parallel(_read_headers, chunks, workers=workers):
-        found.update(part)
+    with progress("reading headers", len(paths), "files") as bar:
+        for _, part in in_parallel(_read_headers, chunks, workers=workers):
+            found.update(part)
+            bar.advance(len(part))
     return found
+
+
+def _unknown_patients(where: str | Path, patients: Iterable[str], remedy: str) -> list[str]:
+    """A note of the images whose patient is not known."""
+    known = [bool(patient) for patient in patients]
+    if all(known):
+        return []
+    return [
+        f"{where}: of {known.count(False):,} of {len(known):,} images the patient is not known, so "
+        f"each is split as a patient of its own; name the patients with {remedy}."
+    ]
+
+
+def _check_classes(source: str | Path, names: Sequence[str]) -> None:
+    """Raise a DataError where subfolders look like patients: class names stand in the shards."""
+    namelike = [name for name in names if NAMELIKE.search(name)]
+    if len(names) > MOST_CLASSES or namelike:
+        why = "look like patients or dates" if namelike else f"are {len(names)}"
+        raise DataError(
+            f"{source}: the subfolders {why}, and as classes their names would stand in the "
+            "shards; give --no-classes if they are not classes, or a --csv with the labels."
+        )
+
+
+def _check_labels(
+    table: Table, column: str, classes: Sequence[str] | None, occurring: Sequence[str]
+) -> list[str]:
+    """Notes of classes that no image has.
+
+    Raises:
+        DataError: classes are asked for and there is no column of labels, or one is misspelt.
+    """
+    if classes is None:
+        return []
+    if not column:
+        table.need("labels")
+    notes = []
+    for name in classes:
+        if name not in occurring:
+            same = next((o for o in occurring if _letters(o) == _letters(name)), None)
+            if same:
+                raise DataError(
+                    f"{table.path}: no label is '{name}' (did you mean '{same}'?); "
+                    "correct --classes."
+                )
+            notes.append(f"{table.path}: no image has the label '{name}'.")
+    return notes
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
 def _read_headers(chunk: tuple[str, Sequence[str]]) -> dict[str, str | None]:

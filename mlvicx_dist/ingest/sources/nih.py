@@ -98,8 +98,7 @@ def list_nih(
         )
         for name, (line, cells, found) in ((name, rows[name]) for name in there)
     ]
-    if len(rows) == PUBLISHED["images"]:
-        notes += differences(table.path.name, _counts(rows, splits), PUBLISHED)
+    notes += differences(table.path.name, _counts(rows, splits), PUBLISHED, of="images")
     return Listing(records, notes)
 
 

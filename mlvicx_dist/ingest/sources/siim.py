@@ -53,13 +53,12 @@ def list_siim(source: str | Path, *, labels: str | Path | None = None) -> Listin
         )
         for name in there
     ]
-    if len(masks) == PUBLISHED["images"]:
-        counts = {
-            "rows": len(table.rows),
-            "images": len(masks),
-            "positive": sum(map(bool, masks.values())),
-        }
-        notes += differences(table.path.name, counts, PUBLISHED)
+    counts = {
+        "rows": len(table.rows),
+        "images": len(masks),
+        "positive": sum(map(bool, masks.values())),
+    }
+    notes += differences(table.path.name, counts, PUBLISHED, of="images")
     return Listing(records, notes)
 
 

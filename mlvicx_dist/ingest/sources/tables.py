@@ -195,8 +195,22 @@ def present(
     ]
 
 
-def differences(what: str, found: Mapping[str, int], published: Mapping[str, int]) -> list[str]:
-    """A note for each count that is not the published one; one of agreement where all are."""
+def differences(
+    what: str, found: Mapping[str, int], published: Mapping[str, int], *, of: str
+) -> list[str]:
+    """How a label file stands to the published counts.
+
+    Args:
+        what: The label file.
+        found: Its counts.
+        published: The published ones.
+        of: The count that tells whether the file is whole.
+
+    Returns:
+        A note that it is a part, or for each count that differs, or one of agreement.
+    """
+    if found[of] != published[of]:
+        return [f"{what}: a part of the set, {found[of]:,} of {published[of]:,} {of}."]
     wrong = [
         f"{what}: {name} {found.get(name, 0):,}, but {count:,} were published; the label file is "
         "not the official one, or another release."

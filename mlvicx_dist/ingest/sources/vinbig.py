@@ -79,13 +79,12 @@ def list_vinbig(
     paths = files.by_stem(SUFFIXES)
     there, notes = present(source, table.path.name, list(readings), paths)
     records = [_record(name, paths[name], readings[name], readers) for name in there]
-    if len(readings) == PUBLISHED["images"]:
-        counts = {
-            "rows": len(table.rows),
-            "images": len(readings),
-            "images without finding": sum(not one.votes for one in readings.values()),
-        }
-        notes += differences(table.path.name, counts, PUBLISHED)
+    counts = {
+        "rows": len(table.rows),
+        "images": len(readings),
+        "images without finding": sum(not one.votes for one in readings.values()),
+    }
+    notes += differences(table.path.name, counts, PUBLISHED, of="images")
     return Listing(records, notes)
 
 

@@ -65,6 +65,7 @@ def test_what_is_missing_is_said(nih):
     listing = list_nih(nih)
     assert len(listing.records) == 3
     assert "1 of 4 images" in listing.notes[0]
+    assert "a part of the set, 4 of 112,120 images" in listing.notes[1]
     assert "00000001_001.png" in listing.notes[0]
 
 
@@ -105,9 +106,12 @@ def test_an_image_in_both_lists_is_an_error(nih):
 
 
 def test_counts_are_held_against_the_published_ones():
-    assert differences("x", {"a": 1_000}, {"a": 1_000}) == ["x: whole, every count as published."]
-    (note,) = differences("x", {"a": 999, "b": 5}, {"a": 1_000, "b": 5})
-    assert "a 999, but 1,000 were published" in note
+    published = {"a": 1_000, "b": 5}
+    assert differences("x", published, published, of="a") == ["x: whole, every count as published."]
+    (note,) = differences("x", {"a": 1_000, "b": 4}, published, of="a")
+    assert "b 4, but 5 were published" in note
+    (note,) = differences("x", {"a": 999, "b": 5}, published, of="a")
+    assert note == "x: a part of the set, 999 of 1,000 a."
 
 
 @given(st.text(max_size=400))
