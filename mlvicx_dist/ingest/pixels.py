@@ -74,13 +74,13 @@ def store(
     original = image.size
     if min(original) < smallest_side_px:
         raise Refused("small", f"{image.width} x {image.height} pixels are too few")
-    lowest, highest = image.getextrema()
-    if lowest == highest:
-        raise Refused("blank", "every pixel has the same value")
     scale = min(1.0, short_side_px / min(original))
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
+    lowest, highest = image.getextrema()
+    if lowest == highest:
+        raise Refused("blank", "every pixel has the same value")
     buffer = io.BytesIO()
     if format == "jpeg":
         image.save(buffer, "JPEG", quality=quality)
