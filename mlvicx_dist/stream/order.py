@@ -88,6 +88,12 @@ def rank_lanes(batch: int, rank: int, world_size: int) -> slice:
     return slice(start, start + base + (rank < extra))
 
 
+def rank_shares(batch: int, world_size: int) -> tuple[int, ...]:
+    """How many lanes, that is rows of a batch, each rank has."""
+    lanes = (rank_lanes(batch, rank, world_size) for rank in range(world_size))
+    return tuple(part.stop - part.start for part in lanes)
+
+
 def epoch_lanes(
     shard_sizes: Sequence[int],
     batch: int,

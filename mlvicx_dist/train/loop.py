@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from mlvicx_dist.objective.global_batch import (
 from mlvicx_dist.objective.terms import Terms
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.loader import Batch, Steps, batches
+from mlvicx_dist.stream.order import rank_shares
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import (
     load_encoder,
@@ -175,19 +176,20 @@ def train_step(
         place.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
     ):
         embeddings1, embeddings2, representation = model(first, second)
-    terms = global_terms(embeddings1, embeddings2)
+    shares = rank_shares(config.train.batch_size, place.world_size)
+    terms, spreads = global_terms(embeddings1, embeddings2, shares=shares)
     loss = weighted_loss(terms, config.loss)
     optimizer.zero_grad(set_to_none=True)
     (loss * ddp_scale()).backward()
     optimizer.step()
-    return named_terms(loss, terms, config.loss, embeddings1), representation
+    return named_terms(loss, terms, spreads, config.loss), representation
 
 
 def named_terms(
     loss: torch.Tensor,
-    terms: dict[str, Terms],
+    terms: Mapping[str, Terms],
+    spreads: Mapping[str, torch.Tensor],
     settings: Loss,
-    embeddings: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The loss, and by level each term unweighted and weighted and the embedding's std."""
     named = {"loss": loss}
@@ -197,7 +199,7 @@ def named_terms(
             value = getattr(values, term)
             named[f"{head}/{term}"] = value
             named[f"{head}/{term}_weighted"] = getattr(weights, term) * value
-        named[f"{head}/std"] = embeddings[head].detach().float().std(0).mean()
+        named[f"{head}/std"] = spreads[head]
     return named
 
 
