@@ -53,8 +53,11 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
             "128",
         ),
         *("--patient-regex", "^(person[0-9]+)_", "--out", str(tmp_path / "kermany")),
+        *("--near-duplicates", "drop"),
     )
-    assert sum(json.loads(kermany.stdout)["splits"].values()) == 5216
+    assert kermany.returncode == 0, kermany.stderr
+    # One radiograph is there twice; the salt decides whether its copies are in one split.
+    assert sum(json.loads(kermany.stdout)["splits"].values()) in (5215, 5216)
     settings = ROOT / "configs" / "pretrain" / "cxr96.yaml"
     sets = [
         *("--set", f"data.shards.0.path={tmp_path / 'nih'}", "--set", "train.epochs=2"),

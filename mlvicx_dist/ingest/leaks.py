@@ -17,19 +17,21 @@ from mlvicx_dist.ingest.phash import as_words, near_pairs
 from mlvicx_dist.ingest.shards import Manifest, read_index
 from mlvicx_dist.storage import reaching
 
-HEADER = ("bits", "first_split", "first_key", "first_shards", "second_split", "second_key")
+HEADER = tuple(
+    ["bits", *(f"{one}_{of}" for one in ("first", "second") for of in ("split", "key", "where"))]
+)
 LATE = ("val", "test")
 """Splits that must not be learned from, the one that counts most last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """An image that was packed: key, split, perceptual hash, shard folder, source and patient."""
+    """An image that was packed; `where` is its file, or its shard folder where that is unknown."""
 
     key: str
     split: str
     phash: str
-    folder: str = ""
+    where: str = ""
     patient: str = ""
 
 
@@ -81,7 +83,7 @@ def hashed(manifest: Manifest) -> Iterator[Hashed]:
                         key=row["key"].decode(),
                         split=shard.split,
                         phash=known["phash"],
-                        folder=str(manifest.folder),
+                        where=str(manifest.folder),
                         patient=f"{known['source']}/{known['patient']}",
                     )
         except (OSError, ValueError, KeyError, TypeError):
@@ -92,12 +94,12 @@ def hashed(manifest: Manifest) -> Iterator[Hashed]:
 
 
 def as_csv(leaks: Iterable[Leak]) -> bytes:
-    """The report: keys, splits and shard folders, nothing in clear."""
+    """The report; it may hold paths, so it is for the owner alone."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*HEADER, "second_shards"])
+    writer.writerow(HEADER)
     writer.writerows(_row(leak) for leak in leaks)
-    return buffer.getvalue().encode()
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
 def words(leaks: Sequence[Leak]) -> str:
@@ -111,7 +113,7 @@ def words(leaks: Sequence[Leak]) -> str:
 
 def _row(leak: Leak) -> tuple[Any, ...]:
     a, b = leak.first, leak.second
-    return (leak.bits, a.split, a.key, a.folder, b.split, b.key, b.folder)
+    return (leak.bits, a.split, a.key, a.where, b.split, b.key, b.where)
 
 
 def _lateness(image: Hashed) -> int:

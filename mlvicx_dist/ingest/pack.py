@@ -152,7 +152,7 @@ def pack(
                 progress.skip(sum(len(task.records) for task in tasks if task.name in done))
             todo = [task for task in tasks if task.name not in done]
             _pack_all(todo, done, notes, workers, progress)
-            _leave_out_copies(tasks, done, notes, workers)
+            _leave_out_copies(tasks, done, notes, paths, workers)
             refused = tuple(
                 (paths[key], code, detail)
                 for task in tasks
@@ -342,7 +342,11 @@ def _pack_all(
 
 
 def _leave_out_copies(
-    tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]], notes: Place, workers: int | None
+    tasks: Sequence[ShardTask],
+    done: dict[str, dict[str, Any]],
+    notes: Place,
+    paths: Mapping[str, str],
+    workers: int | None,
 ) -> None:
     """Look for copies of one image in two splits, and pack again without them where asked.
 
@@ -354,7 +358,7 @@ def _leave_out_copies(
         return
     found = leaks.find_leaks(
         [
-            leaks.Hashed(key, task.split, phash)
+            leaks.Hashed(key, task.split, phash, where=paths[key])
             for task in tasks
             for key, phash in done[task.name]["hashes"]
         ]

@@ -94,8 +94,8 @@ class Verdict:
             lines.append(f"{self.folder}: {self.samples} samples in {self.shards} shards, whole.")
         for leak in self.leaks[:20]:
             lines.append(
-                f"{leak.first.folder} {leak.first.split} {leak.first.key} is a copy of "
-                f"{leak.second.folder} {leak.second.split} {leak.second.key} ({leak.bits} bits)"
+                f"{leak.first.where} {leak.first.split} {leak.first.key} is a copy of "
+                f"{leak.second.where} {leak.second.split} {leak.second.key} ({leak.bits} bits)"
             )
         if self.leaks:
             lines.append(
@@ -106,7 +106,7 @@ class Verdict:
 
 
 def _named(image: Hashed) -> dict[str, str]:
-    return {"folder": image.folder, "split": image.split, "key": image.key}
+    return {"folder": image.where, "split": image.split, "key": image.key}
 
 
 @dataclass
@@ -181,7 +181,7 @@ def verify(
 def _torn(images: Sequence[Hashed], manifests: Sequence[Manifest], salt_digest: str) -> list[str]:
     """Patients who are in two splits of the folders that share a salt."""
     folders = sorted({str(m.folder) for m in manifests if m.salt_digest == salt_digest})
-    torn = torn_patients(image for image in images if image.folder in folders)
+    torn = torn_patients(image for image in images if image.where in folders)
     return [f"{', '.join(folders)}: {torn} patients are in two splits"] if torn else []
 
 

@@ -99,6 +99,8 @@ def test_a_copy_in_two_splits_stops_the_packing_with_a_report(images, salt, tmp_
     (row,) = csv.DictReader((tmp_path / "out.leaks.csv").open())
     assert (row["first_split"], row["second_split"]) == ("train", "test")
     assert int(row["bits"]) <= 24
+    assert {row["first_where"], row["second_where"]} == {images[3].path, images[11].path}
+    assert (tmp_path / "out.leaks.csv").stat().st_mode & 0o777 == 0o600
 
 
 def test_dropping_leaves_the_earlier_one_out_and_mends_to_the_same_bytes(images, salt, tmp_path):
