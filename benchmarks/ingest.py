@@ -26,9 +26,10 @@ from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from table import Row, interleaved, main, seconds
 
-from mlvicx_dist.ingest.pack import PackSettings, pack, pack_shard, plan
+from mlvicx_dist.ingest.pack import pack, plan
 from mlvicx_dist.ingest.phash import near_pairs
 from mlvicx_dist.ingest.record import Record
+from mlvicx_dist.ingest.shard_task import PackSettings, pack_shard
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.session import in_parallel, ray_session
 

@@ -25,7 +25,8 @@ from mlvicx_dist.config import Bootstrap, Probe
 from mlvicx_dist.evaluate.embed import embed_shards
 from mlvicx_dist.evaluate.metrics import auroc, bootstrap_auroc, interval
 from mlvicx_dist.evaluate.probe import fit_probe
-from mlvicx_dist.ingest.pack import PackSettings, pack
+from mlvicx_dist.ingest.pack import pack
+from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.stream.shardset import ShardSet

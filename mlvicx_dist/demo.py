@@ -15,8 +15,9 @@ from typing import Any
 
 from mlvicx_dist.config import EvaluateConfig, PretrainConfig, load_as
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
-from mlvicx_dist.ingest.pack import PackSettings, pack
+from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.record import load_salt
+from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.sources.phantom import write_phantoms

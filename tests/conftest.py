@@ -50,7 +50,8 @@ def phantom_records(phantom_files):
 @pytest.fixture(scope="session")
 def phantom_shards(phantom_records, salt, tmp_path_factory):
     """The same packed into shards of eight."""
-    from mlvicx_dist.ingest.pack import PackSettings, pack
+    from mlvicx_dist.ingest.pack import pack
+    from mlvicx_dist.ingest.shard_task import PackSettings
     from mlvicx_dist.ingest.splits import Fractions
 
     out = tmp_path_factory.mktemp("packed") / "shards"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mlvicx_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from mlvicx_dist.ingest.dicom import Rules
-    from mlvicx_dist.ingest.pack import PackSettings
+    from mlvicx_dist.ingest.dicom_header import Rules
+    from mlvicx_dist.ingest.shard_task import PackSettings
     from mlvicx_dist.ingest.sources.tables import Listing
     from mlvicx_dist.ingest.splits import Fractions
 
@@ -131,7 +131,7 @@ def _pack(
 
 
 def _settings(options: argparse.Namespace) -> PackSettings:
-    from mlvicx_dist.ingest.pack import PackSettings
+    from mlvicx_dist.ingest.shard_task import PackSettings
 
     for name, least in (
         ("workers", 1),
@@ -161,7 +161,7 @@ def _settings(options: argparse.Namespace) -> PackSettings:
 
 
 def _rules(options: argparse.Namespace) -> Rules:
-    from mlvicx_dist.ingest.dicom import Rules
+    from mlvicx_dist.ingest.dicom_header import Rules
 
     def listed(text: str) -> tuple[str, ...]:
         words = tuple(word.strip().upper() for word in text.split(",") if word.strip())

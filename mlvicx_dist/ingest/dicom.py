@@ -7,22 +7,29 @@ transforms are pydicom's own: modality LUT, then the file's window or VOI LUT, t
 from __future__ import annotations
 
 import logging
-import re
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
-from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from mlvicx_dist.ingest import decoders
+from mlvicx_dist.ingest.dicom_header import (
+    ANYTHING,
+    BROKEN,
+    Header,
+    Rules,
+    check,
+    describe,
+    text_of,
+)
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
 from mlvicx_dist.storage import place, reaching
@@ -53,59 +60,6 @@ LONG_VRS = (
 """Kinds of elements whose length takes four bytes."""
 LUMA = (0.299, 0.587, 0.114)
 """Grey of an RGB pixel (ITU-R BT.601, as Pillow weighs them)."""
-BROKEN = (
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    NotImplementedError,
-    KeyError,
-    TypeError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    OSError,
-    MemoryError,
-    zlib.error,
-    struct.error,
-    BytesLengthException,
-)
-"""What pydicom raises, depending on where a damaged file is damaged."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is taken for a frontal chest radiograph; a tag that a file leaves out refuses nothing.
-
-    Attributes:
-        modalities: Allowed modalities; none: any.
-        body_parts: Words of which a body part must hold one; none: any.
-        lateral: Whether lateral views are taken.
-        for_processing: Whether raw detector images, not meant to be looked at, are taken.
-        burned_in: Whether images that say that names may be burned into them are taken.
-        window: Which of the file's windows or VOI LUTs is applied, from 0; a file that has fewer
-            gives its last.
-    """
-
-    modalities: tuple[str, ...] = ("CR", "DX", "DR")
-    body_parts: tuple[str, ...] = ("CHEST", "THORAX", "LUNG", "TORAX")
-    lateral: bool = False
-    for_processing: bool = False
-    burned_in: bool = False
-    window: int = 0
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a header tells of the patient and the view; `patient_id` is in clear."""
-
-    patient_id: str | None
-    view: str | None
-    sex: str | None
-    age: int | None
-
-
-ANYTHING = Rules((), (), lateral=True, for_processing=True, burned_in=True)
-"""Rules that refuse nothing."""
 
 
 def is_dicom(data: bytes) -> bool:
@@ -145,7 +99,7 @@ def read_radiograph(file: BinaryIO, *, bits: int, rules: Rules) -> tuple[np.ndar
         # pydicom warns of every oddity of a header; what matters ends in a refusal.
         warnings.simplefilter("ignore")
         header = _parse(file, pixels=False)
-        _check(header, rules)
+        check(header, rules)
         dataset = _parse(file, pixels=True)
         if "PixelData" not in dataset:
             raise Refused("no-pixels", "the file has no PixelData")
@@ -167,26 +121,6 @@ def read_header(path: str | Path) -> Header | None:
     with reaching(where), where.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return describe(_parse(file, pixels=False)) if is_dicom(file.read(132)) else None
-
-
-def describe(dataset: Any) -> Header:
-    """Patient, view, sex and age of a dataset; what it leaves out or garbles is None."""
-    age = re.fullmatch(r"0*(\d{1,3})([DWMY]?)", _text(dataset, "PatientAge"))
-    per_year = {"D": 365, "W": 52, "M": 12}
-    return Header(
-        patient_id=_text(dataset, "PatientID") or _text(dataset, "StudyInstanceUID") or None,
-        view=_text(dataset, "ViewPosition").upper() or None,
-        sex=_text(dataset, "PatientSex").upper()[:1] or None,
-        age=int(age[1]) // per_year.get(age[2], 1) if age else None,
-    )
-
-
-def _text(dataset: Any, tag: str) -> str:
-    """The text of a tag; empty where it is missing or garbled."""
-    try:
-        return str(dataset.get(tag, "") or "").strip()
-    except BROKEN:
-        return ""
 
 
 def _parse(file: BinaryIO, *, pixels: bool) -> Any:
@@ -223,57 +157,6 @@ def _bound_inflation(file: BinaryIO) -> None:
     inflated = packer.decompress(head + file.read(), MAX_INFLATED_BYTES)
     if len(inflated) >= MAX_INFLATED_BYTES:
         raise Refused("size", f"it inflates to more than {MAX_INFLATED_BYTES:,} bytes")
-
-
-def _check(dataset: Any, rules: Rules) -> None:
-    """Refuse by the header what is no single frontal chest radiograph of a sane size."""
-    if not _text(dataset.file_meta, "TransferSyntaxUID"):
-        raise Refused("unreadable", "the file names no transfer syntax")
-    modality = _text(dataset, "Modality").upper()
-    if rules.modalities and modality and modality not in rules.modalities:
-        raise Refused("modality", f"the modality is {modality}")
-    part = _text(dataset, "BodyPartExamined").upper()
-    if rules.body_parts and part and not any(word in part for word in rules.body_parts):
-        raise Refused("body-part", f"the body part is {part}")
-    if not rules.lateral and _lateral(dataset):
-        raise Refused("lateral", "the view is lateral")
-    intent = _text(dataset, "PresentationIntentType").upper()
-    if not rules.for_processing and intent == "FOR PROCESSING":
-        raise Refused("for-processing", "it is a raw image, not meant to be looked at")
-    if not rules.burned_in and _text(dataset, "BurnedInAnnotation").upper() == "YES":
-        raise Refused("burned-in", "it says that annotations are burned into it")
-    try:
-        frames = int(dataset.get("NumberOfFrames", 1) or 1)
-        samples = int(dataset.get("SamplesPerPixel", 1))
-        rows, columns = int(dataset.get("Rows", 0)), int(dataset.get("Columns", 0))
-        stored = int(dataset.get("BitsStored", 0))
-        top = int(dataset.get("HighBit", stored - 1))
-    except BROKEN:
-        raise Refused("unreadable", "its size is not a number") from None
-    if top != stored - 1:
-        # pydicom takes the lowest bits whatever HighBit says.
-        raise Refused("undecodable", f"{stored} bits are stored, but not as the lowest ones")
-    if frames > 1:
-        raise Refused("multi-frame", f"{frames} frames")
-    if samples not in (1, 3):
-        raise Refused("not-grey", f"{samples} samples a pixel")
-    if not rows * columns:
-        raise Refused("no-pixels", f"{rows} x {columns} pixels")
-    if rows * columns > MAX_PIXELS:
-        raise Refused("size", f"{rows} x {columns} pixels are too many")
-
-
-def _lateral(dataset: Any) -> bool:
-    """Whether a file says that its view is from the side."""
-    view = _text(dataset, "ViewPosition").upper()
-    if view:
-        return view in ("LL", "RL", "LLO", "RLO", "LAO", "RAO") or view.startswith("LAT")
-    try:
-        words = [_text(code, "CodeMeaning") for code in dataset.get("ViewCodeSequence") or []]
-    except BROKEN:
-        words = []
-    words.append(_text(dataset, "SeriesDescription"))
-    return any(re.search(r"\blat(eral)?\b", text, re.IGNORECASE) for text in words)
 
 
 def _grey(dataset: Any, rules: Rules, bits: int) -> np.ndarray:
@@ -370,7 +253,7 @@ def _windowed(values: np.ndarray, dataset: Any, index: int) -> np.ndarray | None
     if not centers or not widths:
         return None
     chosen = min(index, len(centers) - 1, len(widths) - 1)
-    linear = _text(dataset, "VOILUTFunction").upper() in ("", "LINEAR")
+    linear = text_of(dataset, "VOILUTFunction").upper() in ("", "LINEAR")
     if not widths[chosen] >= (1 if linear else 1e-9) or not np.isfinite(centers[chosen]):
         return None
     # pydicom's window reaches over the range that the stored bits have after the modality LUT.
@@ -409,8 +292,8 @@ def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _inverted(dataset: Any) -> bool:
     """Whether small stored values are bright: by interpretation, or by presentation."""
-    monochrome1 = _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
-    shape = _text(dataset, "PresentationLUTShape").upper()
+    monochrome1 = text_of(dataset, "PhotometricInterpretation") == "MONOCHROME1"
+    shape = text_of(dataset, "PresentationLUTShape").upper()
     # MONOCHROME1 images say INVERSE too: the two name one inversion.
     return monochrome1 or shape == "INVERSE"
 

@@ -10,7 +10,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mlvicx_dist.ingest.dicom import ANYTHING, Header, Rules, is_dicom, read_radiograph
+from mlvicx_dist.ingest.dicom import is_dicom, read_radiograph
+from mlvicx_dist.ingest.dicom_header import ANYTHING, Header, Rules
 from mlvicx_dist.ingest.phash import perceptual_hash
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS

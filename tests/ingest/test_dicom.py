@@ -30,7 +30,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from mlvicx_dist.ingest.dicom import Header, Rules, read_grey, read_header, read_radiograph
+from mlvicx_dist.ingest.dicom import read_grey, read_header, read_radiograph
+from mlvicx_dist.ingest.dicom_header import Header, Rules
 from mlvicx_dist.ingest.refused import Refused
 
 RAMP = (np.arange(64 * 64).reshape(64, 64) % 4096).astype(np.uint16)

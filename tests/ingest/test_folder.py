@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.pack import PackSettings, pack
+from mlvicx_dist.ingest.pack import pack
+from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv, list_folder
 
 

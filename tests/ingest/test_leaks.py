@@ -16,9 +16,10 @@ from PIL import Image
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest import pack as packing
-from mlvicx_dist.ingest.pack import PackSettings, pack
+from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.phash import NEAR_BITS, as_words, near_pairs, perceptual_hash
 from mlvicx_dist.ingest.record import Record
+from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.ingest.sources.anatomy import draw_phantom
 from mlvicx_dist.ingest.verify import verify

@@ -19,9 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest.masks import RunLengths, encode_runs
-from mlvicx_dist.ingest.pack import PackSettings, pack, plan
+from mlvicx_dist.ingest.pack import pack, plan
 from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
+from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.shards import (
     build_index,
     decode_image,
