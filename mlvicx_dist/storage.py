@@ -47,10 +47,12 @@ def place(text: str | Path) -> Place:
     if scheme == "file":
         return Path(rest.removeprefix("//"))
     try:
-        return UPath(text)
+        path = UPath(text)
+        path.fs  # noqa: B018  (here the library is imported)
+        return path
     except ImportError as error:
         extra = EXTRAS.get(scheme)
-        remedy = f"pip install 'mlvicx_dist[{extra}]'" if extra else f"install {error.name}"
+        remedy = f"pip install 'mlvicx_dist[{extra}]'" if extra else str(error)
         raise DataError(f"{text}: {scheme}:// needs a library; {remedy}.") from None
 
 

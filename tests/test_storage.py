@@ -3,9 +3,12 @@
 import functools
 import http.server
 import threading
+from importlib.util import find_spec
 
 import pytest
+import s3fs
 
+from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import becoming, files_below, place, read_bytes, write_whole
 
@@ -57,3 +60,25 @@ def test_http_is_read(tmp_path):
         with pytest.raises(FileNotFoundError):
             read_bytes(place(f"{url}/b.txt"))
         server.shutdown()
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed here")
+def test_a_library_that_is_missing_is_named():
+    with pytest.raises(DataError, match=r"gs://bucket/x: gs:// needs a library; pip install"):
+        place("gs://bucket/x")
+
+
+def test_a_store_that_cannot_be_reached_is_one_sentence(s3, monkeypatch, capsys):
+    for command in (["verify", f"{s3}/gone"], ["inspect", f"{s3}/gone"]):
+        assert main(command) == 2
+        assert "there is no such folder of shards" in capsys.readouterr().err
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert main(["verify", f"{s3}/gone"]) == 2
+    error = capsys.readouterr().err
+    assert "it cannot be reached" in error
+    assert len(error.strip().splitlines()) == 1

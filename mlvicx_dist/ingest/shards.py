@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import Place, becoming, place, read_bytes, write_whole
+from mlvicx_dist.storage import Place, becoming, place, reaching, read_bytes, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -78,8 +78,16 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     there = place(folder)
     path = there / MANIFEST
-    if not path.exists():
-        if not there.is_dir():
+    try:
+        with reaching(path):
+            is_packed, is_folder = path.exists(), there.is_dir()
+    except OSError as error:
+        raise DataError(
+            f"{folder}: it cannot be reached ({error.strerror or error}); check the address and "
+            "your access to it."
+        ) from None
+    if not is_packed:
+        if not is_folder:
             raise DataError(
                 f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
             )
@@ -88,7 +96,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             "sharding command again to finish it."
         )
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         tree = json.loads(data)
         if tree["format"] > FORMAT:
             raise DataError(

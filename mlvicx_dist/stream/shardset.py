@@ -16,6 +16,7 @@ import numpy as np
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.shards import Manifest, decode_image, read_index, read_manifest
+from mlvicx_dist.storage import is_local
 
 OPEN_SHARDS = 256
 """Shards that a process keeps open."""
@@ -52,6 +53,11 @@ class ShardSet:
             DataError: a folder holds no whole set of shards, or none of the splits.
         """
         manifests = tuple(read_manifest(folder) for folder in folders)
+        for manifest in manifests:
+            if not is_local(manifest.folder):
+                raise DataError(
+                    f"{manifest.folder}: images are read from local folders only; copy it to one."
+                )
         shards, sizes, shard_weights = [], [], []
         for manifest, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
             chosen = [s for s in manifest.shards if s.split in splits and s.samples]
