@@ -226,7 +226,14 @@ def _inspect(options: argparse.Namespace) -> Answer:
 
     views = load_as(PretrainConfig, options.config).views if options.config else Views()
     sheet = contact_sheet(options.shards, views, count=options.count, seed=options.seed)
-    sheet.save(Path(options.out))
+    try:
+        sheet.save(Path(options.out))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{options.out}: the picture cannot be written ({reason}); give a .png in a folder "
+            "that exists."
+        ) from None
     return Answer(
         {"sheet": options.out}, [f"{options.out}: {options.count} images, each with its two views."]
     )

@@ -56,6 +56,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(arguments, words, capsys):
     assert len(streams.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("out", ["/nowhere/sheet.png", "sheet.xyz"])
+def test_a_sheet_that_cannot_be_written_is_one_sentence(phantom_shards, out, capsys):
+    assert main(["inspect", str(phantom_shards), "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert f"{out}: the picture cannot be written" in error
+    assert len(error.strip().splitlines()) == 1
+
+
 def test_inspect_draws_a_sheet(phantom_shards, tmp_path, capsys):
     from PIL import Image
 
