@@ -98,6 +98,10 @@ def _pack(
 
     settings = _settings(options)
     out = place(options.out)
+    if str(out).startswith("http"):
+        raise UserError(
+            f"--out {options.out}: http cannot be written; give a folder, s3:// or gs://."
+        )
     source = getattr(options, "source", None)
     if source and f"{out}/".startswith(f"{place(source)}/"):
         raise UserError(f"--out {options.out}: it lies in the source; choose another folder.")

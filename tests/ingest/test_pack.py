@@ -216,14 +216,20 @@ def test_a_lost_index_is_made_from_the_shard_and_the_shard_is_left(phantom_recor
     assert shard.stat().st_mtime_ns == time_ns
 
 
-def test_shards_do_not_go_into_their_source(phantom_files, tmp_path, salt):
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("SOURCE/shards", "lies in the source"), ("http://127.0.0.1:9/x", "http cannot be written")],
+)
+def test_an_out_that_cannot_be_is_one_sentence(phantom_files, tmp_path, salt, out, words):
     (tmp_path / "salt").write_text(salt.hex())
     script = Path(__file__).parents[2] / "sharding" / "shard_folder.py"
     command = [sys.executable, str(script), "--source", str(phantom_files)]
-    command += ["--out", str(phantom_files / "shards"), "--salt-file", str(tmp_path / "salt")]
+    command += ["--out", out.replace("SOURCE", str(phantom_files))]
+    command += ["--salt-file", str(tmp_path / "salt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "lies in the source" in done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert not (phantom_files / "shards").exists()
 
 
