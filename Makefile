@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-all check format lock clean
+.PHONY: help demo test test-all chaos check format lock clean
 
 help:
 	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
 	@echo "make test      style, types and the quick tests"
 	@echo "make test-all  the slow tests"
+	@echo "make chaos     attacks on runs, the short ones and the long ones"
 	@echo "make check     style and types only"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make lock      pin the newest versions in constraints.txt"
@@ -27,10 +28,13 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from mlvicx_dist import __version__
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        answer = options.handler(options)
+        # Ray prints of its own accord: stdout is for the answer alone.
+        with redirect_stdout(sys.stderr):
+            answer = options.handler(options)
     except UserError as error:
         print(f"mlvicx: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("pretrain", _pretrain, "pretrain an encoder; the same command again resumes")
     _add_config(add)
+    add.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a run although its settings or data were others",
+    )
 
     add = command("evaluate", _evaluate, "probe a frozen encoder beside the same one untrained")
     add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
@@ -148,19 +156,29 @@ def _pretrain(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.config import PretrainConfig, load_as
     from mlvicx_dist.train.launch import pretrain
 
-    outcome = pretrain(load_as(PretrainConfig, options.config, options.overrides))
+    config = load_as(PretrainConfig, options.config, options.overrides)
+    outcome = pretrain(config, accept_changes=options.accept_changes)
+    resumed = f", going on from step {outcome.resumed_from}" if outcome.resumed_from else ""
+    follow = f"Next: mlvicx report {outcome.run_dir}"
     if outcome.already_finished:
         first = f"{outcome.run_dir}: this run is finished ({outcome.steps} steps); nothing to do."
+    elif outcome.stopped_by:
+        first = f"{outcome.run_dir}: stopped at step {outcome.steps}{resumed}; nothing is lost."
+        follow = "The same command goes on from there."
     else:
-        resumed = f", going on from step {outcome.resumed_from}" if outcome.resumed_from else ""
         first = f"{outcome.run_dir}: trained to step {outcome.steps}{resumed}."
     document = {
         "run": str(outcome.run_dir),
         "steps": outcome.steps,
         "resumed_from": outcome.resumed_from,
         "already_finished": outcome.already_finished,
+        "stopped": bool(outcome.stopped_by),
+        "changes": outcome.changes,
     }
-    return Answer(document, [first, f"Next: mlvicx report {outcome.run_dir}"])
+    changed = [f"Other than before: {outcome.changes}."] if outcome.changes else []
+    # As shells say it: 128 and the signal.
+    code = 128 + outcome.stopped_by if outcome.stopped_by else 0
+    return Answer(document, [first, *changed, follow], code)
 
 
 def _evaluate(options: argparse.Namespace) -> Answer:

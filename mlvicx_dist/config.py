@@ -44,6 +44,10 @@ class PretrainData(Settings):
     splits: list[str] = Field(default=["train"], min_length=1)
     loader_workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes a training worker; 0 loads in the training process."""
+    cache_dir: str | None = None
+    """Where a node keeps shards of s3://, gs:// and http(s)://; None: a folder of the temp dir."""
+    cache_gb: Positive = 50.0
+    """How much of them it keeps, in 10^9 bytes."""
 
 
 class Views(Settings):
@@ -143,6 +147,8 @@ class Train(Settings):
     warmup_epochs: NonNegative = 10.0
     cosine_over: Literal["after_warmup", "all_steps"] = "after_warmup"
     precision: Literal["float32", "bf16"] = "float32"
+    recompute: bool = False
+    """Keep only the level maps for backward and compute the rest again: less memory, more time."""
     deterministic: bool = False
     init_from: str | None = None
     """A checkpoint, export or run whose weights this run starts from."""
@@ -157,8 +163,15 @@ class Workers(Settings):
     cpus_per_worker: Count = 1
     use_gpu: bool = False
     max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often in a row workers may die without a step further than the time before."""
+    resize_after_s: Positive = 60.0
+    """A group of fewer than `num` grows when there was room for more for this long."""
     start_timeout_s: Positive = 120.0
+    """How long Ray waits for the places of a group before it tries again."""
+    wait_s: Positive = 86400.0
+    """How long a run waits for workers, or hears nothing of them, before it ends."""
     collective_timeout_s: Positive = 600.0
+    """How long a worker waits for another one before the group is started anew."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Workers:
@@ -182,6 +195,9 @@ class Run(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     storage_path: str = "runs"
+    """A folder that all workers see, or a URL (s3://, gs://)."""
+    samples_path: str | None = None
+    """A folder into which every rank writes which samples it trained on at each step."""
 
 
 class PretrainConfig(Settings):

@@ -94,7 +94,10 @@ def demo(out: str | Path) -> Demonstration:
         for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
             write_whole(out / f"{name}.yaml", text.format(out=out).encode())
         _say("2 of 4: pretraining without labels")
-        run = pretrain(load_as(PretrainConfig, out / "pretrain.yaml")).run_dir
+        outcome = pretrain(load_as(PretrainConfig, out / "pretrain.yaml"))
+    if outcome.stopped_by:
+        raise KeyboardInterrupt
+    run = outcome.run_dir
     _say("3 of 4: a linear probe, beside the same encoder untrained")
     result, _ = evaluate_checkpoint(run, load_as(EvaluateConfig, out / "evaluate.yaml"))
     _say("4 of 4: the report")

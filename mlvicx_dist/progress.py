@@ -34,7 +34,9 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
     def skip(self, count: int) -> None:
-        """Count what an earlier run did: done, but not in the rate."""
+        """Count what an earlier run did: done, but not in the rate, which begins with the work."""
+        if self.done == self._skipped:
+            self._start = time.monotonic()
         self.done += count
         self._skipped += count
 

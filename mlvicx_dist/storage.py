@@ -6,10 +6,12 @@ is put in one piece.
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +25,13 @@ Place: TypeAlias = Any
 
 SCHEMES = ("file", "s3", "gs", "http", "https")
 TRIES = 3
+PATIENCE_S = 300.0
+"""How long a store that fails is asked again before a run gives up."""
+LONGEST_PAUSE_S = 30.0
+ANSWER_S = 60.0
+"""A request without an answer for so long has failed."""
+JITTER = random.SystemRandom()
+"""The run's own seed is not touched."""
 EXTRAS = {"s3": "s3", "gs": "gs"}
 """What to install for a scheme whose library is not a dependency."""
 
@@ -106,30 +115,113 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def make_folder(folder: Place) -> None:
+    """A folder and those above it, where places have folders."""
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_whole(path: Place, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that it is there whole or not at all."""
     with becoming(path, mode=mode) as partial:
         partial.write_bytes(data)
 
 
-def read_bytes(path: Place) -> bytes:
+def read_bytes(path: Place, *, patience_s: float | None = None) -> bytes:
     """The bytes of a file.
 
+    Args:
+        path: Of the file.
+        patience_s: How long a store that fails is asked again; None: three times in all.
+
     Raises:
-        OSError: it cannot be read; a store is asked three times.
+        OSError: it cannot be read.
     """
     if is_local(path):
         return bytes(path.read_bytes())
-    for attempt in range(TRIES):
+    # Opening a file of http takes every failure for a file that is missing; this does not.
+    return _insist(path, lambda: bytes(path.fs.cat_file(path.path)), patience_s)
+
+
+def read_range(path: Place, offset: int, size: int, *, patience_s: float | None = None) -> bytes:
+    """Bytes `offset` … `offset + size` - 1 of a file, all of them.
+
+    Args:
+        path: Of the file.
+        offset: The first byte.
+        size: How many bytes.
+        patience_s: How long a store that fails is asked again; None: `PATIENCE_S`.
+
+    Raises:
+        DataError: there is no such file, or it could not be read for that long.
+    """
+    if not size:
+        return b""
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+
+    def ask() -> bytes:
+        if is_local(path):
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        else:
+            # `timeout` is taken by fsspec's bridge to asyncio, whichever the store.
+            end = offset + size
+            data = path.fs.cat_file(path.path, start=offset, end=end, timeout=ANSWER_S)
+        if len(data) > size:
+            raise DataError(
+                f"{path}: the server sends the whole file where a part was asked for; use one that "
+                "answers range requests."
+            )
+        if len(data) < size:
+            raise OSError(f"{len(data)} bytes came where {size} were asked for")
+        return bytes(data)
+
+    try:
+        return _insist(path, ask, 0 if is_local(path) else patience_s)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no such file; run 'mlvicx verify {path.parent}' to see what is "
+            "missing."
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: it could not be read for {patience_s:.0f} s ({told(error)}); check the store "
+            "and the network, then run the same command again."
+        ) from None
+
+
+def told(error: OSError) -> str:
+    """What went wrong, in a few words."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _insist(path: Place, ask: Callable[[], bytes], patience_s: float | None) -> bytes:
+    """What `ask` gives; asked again after 1, 2, 4, … s where it fails, but not for what is missing.
+
+    Args:
+        path: What is asked.
+        ask: Asks once.
+        patience_s: For how long; None: `TRIES` times.
+    """
+    began_s = time.monotonic()
+    for attempt in itertools.count(1):
         try:
             with reaching(path):
-                return bytes(path.read_bytes())
+                return ask()
         except FileNotFoundError:
             raise
         except OSError:
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(2.0**attempt)
+            pause_s = min(2.0 ** (attempt - 1), LONGEST_PAUSE_S) * JITTER.uniform(0.8, 1.2)
+            if patience_s is None:
+                if attempt == TRIES:
+                    raise
+            else:
+                left_s = began_s + patience_s - time.monotonic()
+                if left_s <= 0:
+                    raise
+                pause_s = min(pause_s, left_s)
+        time.sleep(pause_s)
     raise AssertionError
 
 

@@ -1,5 +1,6 @@
 """The command line: quick help, one way in, exit codes, JSON alone on stdout."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlvicx_dist import cli
 from mlvicx_dist.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +75,15 @@ def test_inspect_draws_a_sheet(phantom_shards, tmp_path, capsys):
     assert sheet.width > 900
     assert sheet.height > 300
     assert "4 images" in capsys.readouterr().out
+
+
+def test_stdout_is_for_the_answer_alone(monkeypatch, capsys):
+    def handler(options):
+        print("a library that prints")  # noqa: T201
+        return cli.Answer({"answer": 1}, [])
+
+    monkeypatch.setattr(cli, "_report", handler)
+    assert cli.main(["report", "anything", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"answer": 1}
+    assert "a library that prints" in err

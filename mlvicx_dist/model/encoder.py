@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from mlvicx_dist.config import Model
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.levels import GatedBackbone
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
+from mlvicx_dist.storage import Place, is_local, write_whole
+
+EXPORT_FILES = ("README.md", "encoder.safetensors", "config.json")
+"""An export folder; `config.json` is written last."""
 
 NORMALISATION = {
     1: ((0.5,), (0.25,)),
@@ -115,12 +120,25 @@ def load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], *, where:
     module.load_state_dict(weights)
 
 
-def save_export(encoder: Encoder, folder: Path, evidence: dict[str, Any]) -> None:
-    """Write `encoder.safetensors`, `config.json` and a model card; the folder appears whole.
+def save_export(encoder: Encoder, folder: Place, evidence: dict[str, Any]) -> None:
+    """Write `encoder.safetensors`, `config.json` and a model card; a local folder appears whole.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder or store cannot be written.
     """
+    if not is_local(folder):
+        with tempfile.TemporaryDirectory(prefix="mlvicx-export-") as scratch:
+            local = Path(scratch) / "export"
+            save_export(encoder, local, evidence)
+            try:
+                for name in EXPORT_FILES:
+                    write_whole(folder / name, (local / name).read_bytes())
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: the export cannot be written ({error.strerror or error}); check "
+                    "your access to the store."
+                ) from None
+        return
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

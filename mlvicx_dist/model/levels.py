@@ -15,6 +15,7 @@ from torch import nn
 from mlvicx_dist.config import Model
 from mlvicx_dist.errors import ConfigError, nearest
 from mlvicx_dist.model.context import ContextBottleneck
+from mlvicx_dist.model.recompute import Parts, chain_parts, recomputed_maps
 
 
 class GatedBackbone(nn.Module):
@@ -23,6 +24,7 @@ class GatedBackbone(nn.Module):
     Attributes:
         channels: Channels of each level.
         levels: The chosen levels, ascending.
+        parts: What is recomputed in backward, by part; empty: nothing.
     """
 
     def __init__(self, settings: Model) -> None:
@@ -30,6 +32,8 @@ class GatedBackbone(nn.Module):
         self.backbone = _backbone(settings)
         self.channels: list[int] = list(self.backbone.feature_info.channels())
         self.levels = _chosen(settings, len(self.channels))
+        self.parts: Parts = ()
+        self._name = settings.backbone
         self.gates = nn.ModuleDict()
         if settings.context:
             modules = dict(self.backbone.named_modules())
@@ -48,8 +52,18 @@ class GatedBackbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Normalised images [B, C, H, W] to one map a level, gated where it is chosen."""
+        if self.parts and torch.is_grad_enabled():
+            return recomputed_maps(self.backbone, self.parts, images)
         maps: list[torch.Tensor] = self.backbone(images)
         return maps
+
+    def recompute(self) -> None:
+        """From now on keep only the level maps for backward and compute all else again there.
+
+        Raises:
+            ConfigError: the backbone is no chain of stages.
+        """
+        self.parts = chain_parts(self.backbone, self._name)
 
 
 class _Gate:

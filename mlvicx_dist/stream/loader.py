@@ -16,11 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_dist.config import Views
-from mlvicx_dist.errors import UserError
+from mlvicx_dist.errors import ResourceError, UserError
+from mlvicx_dist.stream.ahead import Ahead
 from mlvicx_dist.stream.augment import PARAMETERS, two_views
 from mlvicx_dist.stream.order import epoch_lanes, rank_lanes, steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 
+LOSSES = 2
+"""How often in a row, at one step, loader processes may die."""
 ORDER_FOLDER = Path(tempfile.gettempdir()) / "mlvicx-order"
 
 
@@ -59,7 +62,7 @@ class Steps(Dataset[Batch | UserError]):
         world_size: int = 1,
     ) -> None:
         self.shards, self.views, self.seed, self.batch = shards, views, seed, batch
-        self.lanes = rank_lanes(batch, rank, world_size)
+        self.lanes, self.world_size = rank_lanes(batch, rank, world_size), world_size
         self.steps_per_epoch = steps_per_epoch(shards.sizes, batch, shards.weights)
         self._epoch = -1
         self._order = np.empty((0, 0), np.int64)
@@ -95,17 +98,20 @@ class Steps(Dataset[Batch | UserError]):
     def samples(self, epoch: int) -> np.ndarray:
         """The order of this rank's lanes in an epoch, int64 [lanes, steps]."""
         if epoch != self._epoch:
-            self._order = epoch_lanes(
-                self.shards.sizes,
-                self.batch,
-                self.seed,
-                epoch,
-                self.shards.weights,
-                lanes=self.lanes,
-                folder=ORDER_FOLDER,
-            )
-            self._epoch = epoch
+            self._order, self._epoch = self.order(epoch), epoch
         return self._order
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The same, computed and not remembered."""
+        return epoch_lanes(
+            self.shards.sizes,
+            self.batch,
+            self.seed,
+            epoch,
+            self.shards.weights,
+            lanes=self.lanes,
+            folder=ORDER_FOLDER,
+        )
 
 
 def as_bytes(image: np.ndarray) -> np.ndarray:
@@ -118,23 +124,55 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of the steps `start` … `stop` - 1, loaded ahead by `workers` processes.
 
+    Remote shards are fetched ahead too, by a thread that ends with the iterator. A loader process
+    that dies is replaced; no batch is lost.
+
     Raises:
-        UserError: a shard cannot be read.
+        UserError: a shard cannot be read, or loader processes die again and again.
     """
-    loader: DataLoader[Batch | UserError] = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    at, losses = start, 0
+    while at < stop:
+        loader: DataLoader[Batch | UserError] = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(at, stop),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_one_thread,
+        )
+        # The loader processes are there before the thread: a fork takes no locks of it along.
+        items = iter(loader)
+        with Ahead(
+            steps.order,
+            steps.shards,
+            steps_per_epoch=steps.steps_per_epoch,
+            start=at,
+            stop=stop,
+            world_size=steps.world_size,
+        ) as ahead:
+            try:
+                for item in items:
+                    if isinstance(item, UserError):
+                        raise item
+                    ahead.reached(item.step)
+                    at, losses = item.step + 1, 0
+                    yield item
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                # What a batch is depends on its step alone: new processes go on where it was lost.
+                losses += 1
+                if losses > LOSSES:
+                    raise ResourceError(
+                        f"step {at}: loader processes died {losses} times in a row, perhaps for "
+                        "want of memory; lower data.loader_workers or train.batch_size and run the "
+                        "same command again."
+                    ) from None
+            finally:
+                # An error that is raised here would keep it, and its processes, in a cycle.
+                del items
 
 
 def _as_it_is(item: Any) -> Any:

@@ -1,14 +1,15 @@
 """Several shard folders as one numbered set of samples.
 
 The global index of a sample counts through the folders in the order given, their shards by name
-and the offsets inside each; `order` says which index is read when.
+and the offsets inside each; `order` says which index is read when. A local shard is read where it
+is, a remote one through the cache of its node.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import numpy as np
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.shards import Manifest, decode_image, read_index, read_manifest
 from mlvicx_dist.storage import is_local
+from mlvicx_dist.stream.cache import Cache, RemoteShard
+from mlvicx_dist.stream.part import kept_bytes
 
 OPEN_SHARDS = 256
 """Shards that a process keeps open."""
@@ -28,13 +31,13 @@ class ShardSet:
 
     Attributes:
         manifests: One a folder.
-        shards: (folder, shard name) of every shard, in the order of the global index.
+        shards: The tar or the remote shard, in the order of the global index.
         sizes: Samples of each shard.
         weights: The weight of each shard, which is its folder's.
     """
 
     manifests: tuple[Manifest, ...]
-    shards: tuple[tuple[Path, str], ...]
+    shards: tuple[Path | RemoteShard, ...]
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     starts: np.ndarray = field(repr=False, compare=False)
@@ -46,19 +49,29 @@ class ShardSet:
         *,
         splits: Sequence[str],
         weights: Sequence[float] | None = None,
+        cache: Cache | None = None,
     ) -> ShardSet:
         """Read the manifests of `folders`.
+
+        Args:
+            folders: Paths and URLs.
+            splits: Whose shards are taken.
+            weights: One a folder; None: all the same.
+            cache: Where the shards of URLs are kept; None: the default place and size.
 
         Raises:
             DataError: a folder holds no whole set of shards, or none of the splits.
         """
         manifests = tuple(read_manifest(folder) for folder in folders)
-        for manifest in manifests:
-            if not is_local(manifest.folder):
-                raise DataError(
-                    f"{manifest.folder}: images are read from local folders only; copy it to one."
-                )
-        shards, sizes, shard_weights = [], [], []
+        wanted = [
+            kept_bytes(info)
+            for manifest in manifests
+            for info in manifest.shards
+            if not is_local(manifest.folder) and info.split in splits
+        ]
+        cache = replace(cache or Cache(), wanted_bytes=sum(wanted))
+        shards: list[Path | RemoteShard] = []
+        sizes, shard_weights = [], []
         for manifest, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
             chosen = [s for s in manifest.shards if s.split in splits and s.samples]
             if not chosen:
@@ -67,9 +80,12 @@ class ShardSet:
                     f"{manifest.folder}: no images of the split {' or '.join(splits)} there; "
                     f"it has the splits {there}."
                 )
-            for shard in chosen:
-                shards.append((Path(manifest.folder), shard.name))
-                sizes.append(shard.samples)
+            for info in chosen:
+                if is_local(manifest.folder):
+                    shards.append(manifest.folder / info.name)
+                else:
+                    shards.append(RemoteShard(str(manifest.folder), info, cache))
+                sizes.append(info.samples)
                 shard_weights.append(weight)
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return cls(manifests, tuple(shards), tuple(sizes), tuple(shard_weights), starts)
@@ -83,53 +99,64 @@ class ShardSet:
 
     def image(self, sample: int) -> np.ndarray:
         """The stored grey image of a sample, [H, W] uint8 or uint16."""
-        folder, name, row = self._row(sample)
-        return self._decoded(folder, name, row, "image")
+        shard, row = self._row(sample)
+        return _decoded(shard, row, "image")
 
     def mask(self, sample: int) -> np.ndarray | None:
         """The mask of a sample, uint8 [H, W] of 0 and 255; None where it has none."""
-        folder, name, row = self._row(sample)
-        return self._decoded(folder, name, row, "mask") if row["mask_size"] else None
+        shard, row = self._row(sample)
+        return _decoded(shard, row, "mask") if row["mask_size"] else None
 
     def json(self, sample: int) -> bytes:
         """The JSON member of a sample."""
-        folder, name, row = self._row(sample)
-        return self._read(folder, name, row["json_offset"], row["json_size"])
+        return _member(*self._row(sample), "json")
 
     def key(self, sample: int) -> str:
         """The key of a sample."""
-        return str(self._row(sample)[2]["key"].decode())
+        return str(self._row(sample)[1]["key"].decode())
 
-    def _decoded(self, folder: Path, name: str, row: np.void, kind: str) -> np.ndarray:
-        data = self._read(folder, name, row[f"{kind}_offset"], row[f"{kind}_size"])
-        try:
-            return decode_image(data)
-        except DataError as error:
-            raise DataError(
-                f"{folder / name}: the {kind} {row['key'].decode()} cannot be decoded ({error}); "
-                f"run 'mlvicx verify {folder}' for the damage and its repair."
-            ) from None
+    def _row(self, sample: int) -> tuple[Path | RemoteShard, np.void]:
+        number = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        shard = self.shards[number]
+        return shard, _index(shard)[sample - int(self.starts[number])]
 
-    def _row(self, sample: int) -> tuple[Path, str, np.void]:
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        folder, name = self.shards[shard]
-        return folder, name, _index(folder, name)[sample - int(self.starts[shard])]
 
-    @staticmethod
-    def _read(folder: Path, name: str, offset: int, size: int) -> bytes:
-        """Bytes of a shard: the seam where remote stores come in."""
-        data = os.pread(_descriptor(folder, name), int(size), int(offset))
-        if len(data) != size:
-            raise DataError(
-                f"{folder / name}: the shard is cut short; run 'mlvicx verify {folder}' "
-                "and pack it again."
-            )
-        return data
+def _decoded(shard: Path | RemoteShard, row: np.void, kind: str) -> np.ndarray:
+    data = _member(shard, row, kind)
+    try:
+        return decode_image(data)
+    except DataError as error:
+        # Bytes that went wrong on the way are found when the shard is whole, and fetched again.
+        if isinstance(shard, RemoteShard) and shard.fill() and data != _member(shard, row, kind):
+            return _decoded(shard, row, kind)
+        raise DataError(
+            f"{shard}: the {kind} {row['key'].decode()} cannot be decoded ({error}); "
+            f"run 'mlvicx verify {_folder(shard)}' for the damage and its repair."
+        ) from None
+
+
+def _member(shard: Path | RemoteShard, row: np.void, kind: str) -> bytes:
+    offset, size = int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])
+    if isinstance(shard, RemoteShard):
+        return shard.read(offset, size)
+    data = os.pread(_descriptor(shard), size, offset)
+    if len(data) != size:
+        raise DataError(
+            f"{shard}: the shard is cut short; run 'mlvicx verify {_folder(shard)}' "
+            "and pack it again."
+        )
+    return data
+
+
+def _folder(shard: Path | RemoteShard) -> Path | str:
+    return shard.parent if isinstance(shard, Path) else shard.folder
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _index(folder: Path, name: str) -> np.ndarray:
-    return read_index(folder, name)
+def _index(shard: Path | RemoteShard) -> np.ndarray:
+    if isinstance(shard, RemoteShard):
+        return shard.index()
+    return read_index(shard.parent, shard.name)
 
 
 class _Descriptor:
@@ -147,12 +174,12 @@ def _open(path: Path) -> _Descriptor:
     return _Descriptor(path)
 
 
-def _descriptor(folder: Path, name: str) -> int:
+def _descriptor(path: Path) -> int:
     try:
         # Reading by position shares nothing between processes: a descriptor survives a fork.
-        return _open(folder / name).number
+        return _open(path).number
     except OSError as error:
         raise DataError(
-            f"{folder / name}: the shard cannot be read ({error.strerror}); "
-            f"run 'mlvicx verify {folder}' to see what is missing."
+            f"{path}: the shard cannot be read ({error.strerror}); "
+            f"run 'mlvicx verify {path.parent}' to see what is missing."
         ) from None

@@ -11,75 +11,145 @@ import json
 import logging
 import os
 import pickle
+import tempfile
 import zipfile
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from mlvicx_dist.config import PretrainConfig, parse_config
 from mlvicx_dist.errors import CheckpointError, ConfigError
-from mlvicx_dist.model.encoder import Encoder, load_export, load_strictly
+from mlvicx_dist.model.encoder import EXPORT_FILES, Encoder, load_export, load_strictly
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.storage import (
+    Place,
+    becoming,
+    is_local,
+    make_folder,
+    place,
+    reaching,
+    read_bytes,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+COPIES = Path(tempfile.gettempdir()) / f"mlvicx-checkpoints-{os.getuid()}"
+"""Local copies of remote checkpoints: one a node and run, the one last asked for."""
 
 
-def save_checkpoint(run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Place:
     """Write `state` as the checkpoint of its step and remove all but the newest `keep`.
 
     Args:
-        run_dir: Folder of the run.
+        run_dir: Folder of the run, local or remote.
         state: `model`, `optimizer`, `step`, `settings`, `manifests` and `versions`.
         keep: How many checkpoints stay.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
+        CheckpointError: the disk is full, or the folder or store cannot be written.
     """
     folder = run_dir / "checkpoints"
     path = folder / f"step-{state['step']:08d}.pt"
-    partial = path.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        seal = {"step": state["step"], "bytes": partial.stat().st_size, "sha256": digest(partial)}
-        partial.replace(path)
-        partial.write_text(json.dumps(seal) + "\n", encoding="utf-8")
-        partial.replace(path.with_suffix(".json"))
+        make_folder(folder)
+        with becoming(path) as partial:
+            with partial.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+            seal = {
+                "step": state["step"],
+                "bytes": partial.stat().st_size,
+                "sha256": digest(partial),
+            }
+        write_whole(path.with_suffix(".json"), (json.dumps(seal) + "\n").encode())
+        with reaching(folder):
+            for old in _seals(folder)[keep:]:
+                old.unlink(missing_ok=True)
+                old.with_suffix(".pt").unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        # PyTorch's writer answers a full disk with a RuntimeError of its own.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        # PyTorch's writer answers a full disk with a RuntimeError that comes of the OSError.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path}: the checkpoint cannot be written ({reason}); free space or mend the "
-            "folder's rights and run the same command again: it goes on from the one before."
+            f"{path}: the checkpoint cannot be written ({reason}); free space or mend the access "
+            "to it: the checkpoint before it stays."
         ) from None
-    for seal_path in _seals(folder)[keep:]:
-        seal_path.unlink(missing_ok=True)
-        seal_path.with_suffix(".pt").unlink(missing_ok=True)
     return path
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; a damaged one is named in the log and passed over."""
-    for seal_path in _seals(run_dir / "checkpoints"):
-        path = seal_path.with_suffix(".pt")
+def clear_partial(run_dir: Place) -> None:
+    """Remove what a killed process left half written; only the run's one driver may."""
+    if is_local(run_dir):
+        for path in (run_dir / "checkpoints").glob(".step-*.partial"):
+            path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(run_dir: Place, say: Callable[[str], None] = log.warning) -> Place | None:
+    """The newest whole checkpoint of a run; a damaged one is named to `say` and passed over.
+
+    Raises:
+        CheckpointError: the run's store cannot be reached.
+    """
+    try:
+        with reaching(run_dir):
+            seals = _seals(run_dir / "checkpoints")
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir}: its checkpoints cannot be listed ({error.strerror or error}); check the "
+            "address and your access to it."
+        ) from None
+    for seal in seals:
+        path = seal.with_suffix(".pt")
         try:
-            check_digest(path)
+            local_copy(path)
         except CheckpointError as error:
-            log.warning("%s The checkpoint before it is taken.", error)
+            say(f"{error} The checkpoint before it is taken.")
         else:
             return path
     return None
 
 
+def local_copy(path: Place) -> Path:
+    """A checkpoint that its seal says is whole, as a local file: itself, or the node's one copy.
+
+    Raises:
+        CheckpointError: it or its seal is missing, or they do not agree.
+    """
+    if is_local(path):
+        check_digest(path)
+        return Path(path)
+    folder = COPIES / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    copy = folder / path.name
+    with FileLock(folder / "lock"):
+        try:
+            write_whole(copy.with_suffix(".json"), read_bytes(path.with_suffix(".json")))
+            try:
+                check_digest(copy)
+            except CheckpointError:
+                for other in folder.glob("*.pt"):
+                    other.unlink()
+                with reaching(path), becoming(copy) as partial:
+                    path.fs.get_file(path.path, str(partial))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint cannot be read ({error.strerror or error}); use an older "
+                "one from the same folder."
+            ) from None
+        try:
+            check_digest(copy)
+        except CheckpointError:
+            raise CheckpointError(_damaged(path)) from None
+    return copy
+
+
 def check_digest(path: Path) -> None:
-    """Compare a checkpoint with its seal.
+    """Compare a local checkpoint with its seal.
 
     Raises:
         CheckpointError: one of the two is missing, or they do not agree.
@@ -92,10 +162,14 @@ def check_digest(path: Path) -> None:
     except (OSError, ValueError, KeyError):
         whole = False
     if not whole:
-        raise CheckpointError(
-            f"{path}: the checkpoint is damaged (it does not match the SHA-256 beside it); "
-            "use an older one from the same folder."
-        )
+        raise CheckpointError(_damaged(path))
+
+
+def _damaged(path: Place) -> str:
+    return (
+        f"{path}: the checkpoint is damaged (it does not match the SHA-256 beside it); "
+        "use an older one from the same folder."
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -121,7 +195,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def settings_of(state: dict[str, Any], path: Path) -> PretrainConfig:
+def settings_of(state: dict[str, Any], path: Place) -> PretrainConfig:
     """The settings that a checkpoint was trained with."""
     try:
         config = parse_config(state["settings"], str(path))
@@ -133,16 +207,24 @@ def settings_of(state: dict[str, Any], path: Path) -> PretrainConfig:
     return config
 
 
-def find_weights(path: str | Path) -> Path:
+def find_weights(path: str | Place) -> Place:
     """What a user means by a path: a checkpoint, an export folder, or a run's newest checkpoint.
 
     Raises:
         CheckpointError: there is nothing of the kind.
     """
-    path = Path(path)
-    if path.is_file() or (path / "encoder.safetensors").is_file():
-        return path
-    if not path.exists():
+    path = place(path)
+    try:
+        with reaching(path):
+            if path.is_file() or (path / "encoder.safetensors").is_file():
+                return path
+            exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: it cannot be reached ({error.strerror or error}); check the address and your "
+            "access to it."
+        ) from None
+    if not exists:
         raise CheckpointError(
             f"{path}: there is no such file or folder; give a run, a checkpoint or an export."
         )
@@ -155,7 +237,7 @@ def find_weights(path: str | Path) -> Path:
     return newest
 
 
-def load_encoder(path: str | Path) -> Encoder:
+def load_encoder(path: str | Place) -> Encoder:
     """The encoder of an export folder, a checkpoint file or a run folder, in eval mode.
 
     Args:
@@ -167,20 +249,30 @@ def load_encoder(path: str | Path) -> Encoder:
     Raises:
         CheckpointError: it is damaged, or one key is missing or extra.
     """
-    path = find_weights(path)
-    if path.is_dir():
-        return load_export(path).eval()
-    check_digest(path)
-    state = read_checkpoint(path)
-    config = settings_of(state, path)
+    weights = find_weights(path)
+    if weights.is_dir():
+        return load_export(_local_folder(weights)).eval()
+    state = read_checkpoint(local_copy(weights))
+    config = settings_of(state, weights)
     model = build_model(config.model.model_copy(update={"init": "random"}), config.train.seed)
-    load_strictly(model, state["model"], where=str(path))
+    load_strictly(model, state["model"], where=str(weights))
     return Encoder.from_model(model, config.views.image_size_px).eval()
 
 
-def training_seed(path: Path) -> int:
+def training_seed(path: Place) -> int:
     """The seed of the run that a checkpoint comes from; 0 for an export, which does not tell."""
-    return 0 if path.is_dir() else settings_of(read_checkpoint(path), path).train.seed
+    return 0 if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).train.seed
+
+
+def _local_folder(folder: Place) -> Path:
+    """An export folder as a local one."""
+    if is_local(folder):
+        return Path(folder)
+    copy = COPIES / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copy.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in EXPORT_FILES:
+        write_whole(copy / name, read_bytes(folder / name))
+    return copy
 
 
 def digest(path: Path) -> str:
@@ -189,6 +281,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seals(folder: Path) -> list[Path]:
+def _seals(folder: Place) -> list[Place]:
     """The seals of a folder's checkpoints, the newest first."""
-    return sorted(folder.glob("step-*.json"), reverse=True)
+    found = folder.iterdir() if folder.is_dir() else ()
+    seals = [path for path in found if fnmatch(path.name, "step-*.json")]
+    return sorted(seals, key=lambda path: str(path.name), reverse=True)

@@ -1,62 +1,65 @@
-"""From settings to a finished run on Ray Train: checks first, then the trainer, then the words.
+"""From settings to a finished run: what can be known is checked before a worker starts.
 
-Everything that can be known before a worker starts is checked here: shards, batch, resources, the
-run's fingerprint and its lock. Ray owns processes and restarts; the loop owns the state.
+Shards, batch, resources, the run's fingerprint and its lock are looked at here; `drive` then has
+Ray run the workers, and `loop` is what they do.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from mlvicx_dist.config import PretrainConfig, parse_config, to_tree
-from mlvicx_dist.errors import CheckpointError, DataError, ResourceError, TrainingError
-from mlvicx_dist.progress import progress
-from mlvicx_dist.session import ray_session
+from mlvicx_dist.config import PretrainConfig, to_tree
+from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.storage import Place, is_local, make_folder, place, read_bytes, write_whole
 from mlvicx_dist.stream.order import steps_per_epoch
-from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import digest, find_weights
+from mlvicx_dist.train.drive import drive
+from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
 from mlvicx_dist.train.versions import library_versions, machine
-
-log = logging.getLogger(__name__)
-
-NOT_MATHEMATICS = {"train": ("log_every_steps",), "data": ("loader_workers",)}
-"""Settings that leave every number of a run as it is."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `pretrain` did."""
+    """What `pretrain` did.
 
-    run_dir: Path
+    Attributes:
+        run_dir: The run's folder.
+        steps: Steps done.
+        resumed_from: The step that this start went on from.
+        already_finished: Whether there was nothing to do.
+        stopped_by: The signal that stopped it before its end, or 0.
+        changes: What is not as it was when the run was begun, in words.
+    """
+
+    run_dir: Place
     steps: int
-    resumed_from: int
-    already_finished: bool
+    resumed_from: int = 0
+    already_finished: bool = False
+    stopped_by: int = 0
+    changes: str = ""
 
 
-def pretrain(config: PretrainConfig) -> Outcome:
+def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome:
     """Run a pretraining to its end; the same call again goes on from the newest checkpoint.
+
+    Args:
+        config: The settings.
+        accept_changes: Go on with a run although its settings or data were others.
 
     Raises:
         UserError: something that the user can mend, said in one sentence.
     """
+    from mlvicx_dist.train.loop import open_shards
+
     config = _absolute(config)
-    run_dir = Path(config.run.storage_path) / config.run.name
-    shards = ShardSet.open(
-        [folder.path for folder in config.data.shards],
-        splits=config.data.splits,
-        weights=[folder.weight for folder in config.data.shards],
-    )
+    run_dir = place(config.run.storage_path) / config.run.name
+    shards = open_shards(config)
     total = config.train.epochs * steps_per_epoch(
         shards.sizes, config.train.batch_size, shards.weights
     )
@@ -66,71 +69,57 @@ def pretrain(config: PretrainConfig) -> Outcome:
             "cannot be shared by more workers than that; lower workers.num."
         )
     _check_model(config)
-    _make(run_dir)
+    with _writing(run_dir):
+        make_folder(run_dir)
     with _only_driver(run_dir):
-        _check_fingerprint(run_dir, fingerprint(config, shards.digests()))
-        if _state(run_dir).get("state") == "finished":
-            return Outcome(run_dir, total, total, already_finished=True)
-        _write(run_dir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
-        environment = {
-            "versions": library_versions(),
-            "machine": machine(),
-            "world_size": config.workers.num,
-            "images": len(shards),
-        }
-        _write(run_dir / "environment.json", json.dumps(environment, indent=1))
-        resumed = _run(config, run_dir, total)
-        _write(run_dir / "state.json", json.dumps({"state": "finished", "steps": total}))
-    return Outcome(run_dir, total, resumed, already_finished=False)
+        with _writing(run_dir):
+            wanted = fingerprint(config, shards.digests())
+            changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
+            state = _state(run_dir)
+            if state.get("state") == "finished" and state.get("steps") == total and not changes:
+                return Outcome(run_dir, total, total, already_finished=True)
 
+        def begin() -> None:
+            with _writing(run_dir):
+                accept_fingerprint(run_dir, wanted)
+                _write(run_dir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
+                _write(run_dir / "environment.json", json.dumps(_environment(config, len(shards))))
 
-def train_worker(plan: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from mlvicx_dist.train.loop import Place, train
-
-    config = parse_config(plan["settings"], "the run's settings")
-    assert isinstance(config, PretrainConfig)
-    torch.set_num_threads(config.workers.cpus_per_worker)
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    place = Place(context.get_world_rank(), context.get_world_size(), device)
-    train(config, Path(plan["run_dir"]), place, report=ray.train.report)
-
-
-def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
-    """What decides a run's numbers: settings and data. Another one is another run."""
-    tree = to_tree(config)
-    for section, keys in NOT_MATHEMATICS.items():
-        for key in keys:
-            del tree[section][key]
-    tree["data"]["shards"] = [
-        {"manifest": manifest, "weight": folder.weight}
-        for manifest, folder in zip(manifests, config.data.shards, strict=True)
-    ]
-    if config.train.init_from:
-        weights = find_weights(config.train.init_from)
-        file = weights / "encoder.safetensors" if weights.is_dir() else weights
-        tree["train"]["init_from"] = digest(file)
-    return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
+        driven = drive(config, run_dir, total, begin=begin)
+        with _writing(run_dir):
+            ended = "finished" if driven.steps == total else "stopped"
+            _write(run_dir / "state.json", json.dumps({"state": ended, "steps": driven.steps}))
+    return Outcome(
+        run_dir,
+        driven.steps,
+        driven.resumed_from,
+        stopped_by=driven.stopped_by,
+        changes=changes,
+    )
 
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:
     """The settings with absolute paths: workers start in another folder."""
     tree = to_tree(config)
-    for place, key in [
+    for where, key in [
         *((folder, "path") for folder in tree["data"]["shards"]),
         (tree["run"], "storage_path"),
+        (tree["run"], "samples_path"),
         (tree["train"], "init_from"),
+        (tree["data"], "cache_dir"),
     ]:
-        if place[key] and "://" in place[key]:
-            raise DataError(f"{place[key]}: only local folders can be used; copy it to one.")
-        if place[key]:
-            place[key] = str(Path(place[key]).expanduser().absolute())
+        if where[key]:
+            where[key] = str(place(where[key]))
     return PretrainConfig.model_validate(tree)
+
+
+def _environment(config: PretrainConfig, images: int) -> dict[str, Any]:
+    return {
+        "versions": library_versions(),
+        "machine": machine(),
+        "world_size": config.workers.num,
+        "images": images,
+    }
 
 
 def _check_model(config: PretrainConfig) -> None:
@@ -143,20 +132,29 @@ def _check_model(config: PretrainConfig) -> None:
         build_model(config.model.model_copy(update={"init": "random"}), 0)
 
 
-def _make(run_dir: Path) -> None:
+@contextmanager
+def _writing(run_dir: Place) -> Iterator[None]:
+    """What goes wrong with the run's own files is one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".lock").touch()
+        yield
     except OSError as error:
         raise DataError(
-            f"{run_dir}: the run's folder cannot be written ({error.strerror}); "
-            "set run.storage_path to a folder that can."
+            f"{run_dir}: the run's folder cannot be written ({error.strerror or error}); "
+            "set run.storage_path to a folder or store that can."
         ) from None
 
 
 @contextmanager
-def _only_driver(run_dir: Path) -> Iterator[None]:
-    """One driver a run: a lock that the system releases when its owner dies."""
+def _only_driver(run_dir: Place) -> Iterator[None]:
+    """One driver a run: a lock that the system releases when its owner dies.
+
+    It reaches as far as the file system does; drivers of one cluster are kept apart by the guard.
+    """
+    if not is_local(run_dir):
+        yield
+        return
+    with _writing(run_dir):
+        (run_dir / ".lock").touch()
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -171,134 +169,13 @@ def _only_driver(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_fingerprint(run_dir: Path, wanted: dict[str, Any]) -> None:
-    """Refuse to go on with a run whose settings or data were others."""
-    path = run_dir / "fingerprint.json"
-    if not path.exists():
-        _write(path, json.dumps(wanted, indent=1))
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    old, new = _flat(there), _flat(wanted)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if changed:
-        named = "; ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in changed[:3])
-        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise CheckpointError(
-            f"{run_dir}: a run of this name was made with other settings ({named}{more}); "
-            "give this one another run.name, or the old settings to go on with that one."
-        )
+def _state(run_dir: Place) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(read_bytes(run_dir / "state.json"))
+    except FileNotFoundError:
+        return {}
+    return state
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict | list):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _state(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _run(config: PretrainConfig, run_dir: Path, total: int) -> int:
-    """Launch the trainer and show its progress; the step that it went on from."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from mlvicx_dist.train.watch import Forward, user_error, watching
-
-    workers = config.workers
-    with _cluster(config), tempfile.TemporaryDirectory(prefix="mlvicx-run-") as scratch:
-        channel = Path(scratch) / "rows.jsonl"
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"settings": to_tree(config), "run_dir": str(run_dir)},
-            scaling_config=ScalingConfig(
-                num_workers=(workers.min, workers.num) if workers.min else workers.num,
-                use_gpu=workers.use_gpu,
-                resources_per_worker={
-                    "CPU": workers.cpus_per_worker,
-                    **({"GPU": 1} if workers.use_gpu else {}),
-                },
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(run_dir),
-                failure_config=FailureConfig(
-                    max_failures=workers.max_failures, controller_failure_limit=10
-                ),
-                callbacks=[Forward(channel)],
-            ),
-            torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
-        )
-        with progress("training", total, "steps") as bar:
-            show = _Shown(bar)
-            try:
-                with watching(channel, show):
-                    trainer.fit()
-            except TrainingFailedError as error:
-                cause = user_error(error)
-                if cause:
-                    raise cause from None
-                words = str(error).strip().splitlines()
-                raise TrainingError(
-                    f"{run_dir}: the workers failed {workers.max_failures + 1} times, the last "
-                    f"time with: {words[-1] if words else type(error).__name__}; their logs are in "
-                    f"{ray._private.worker._global_node.get_session_dir_path()}/logs, and the same "
-                    "command goes on from the newest checkpoint."
-                ) from error
-    return show.resumed
-
-
-class _Shown:
-    """Rows of the workers as progress on the driver."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar, self._step, self.resumed = bar, 0, 0
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        if "died" in row:
-            self._bar.say(f"{row['died']}; going on from the newest checkpoint")
-            return
-        if self._step == 0 and row["resumed"]:
-            self._step = self.resumed = int(row["resumed"])
-            self._bar.skip(self._step)
-        terms = ", ".join(
-            f"{name} {row[name]:.3g}" for name in row if name.endswith("_weighted")
-        ).replace("_weighted", "")
-        self._bar.advance(
-            int(row["step"]) - self._step,
-            f"{row['images_per_s']:.0f} images/s, data wait {row['data_wait']:.0%}, "
-            f"loss {row['loss']:.4g} ({terms})",
-        )
-        self._step = int(row["step"])
-
-
-@contextmanager
-def _cluster(config: PretrainConfig) -> Iterator[None]:
-    """Ray with room for the least number of workers."""
-    workers = config.workers
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(workers.collective_timeout_s)
-    least = workers.min or workers.num
-    needed = {"CPU": least * workers.cpus_per_worker}
-    if workers.use_gpu:
-        needed["GPU"] = least
-    with ray_session(
-        needed,
-        asked="workers.num x workers.cpus_per_worker",
-        remedy="lower workers.num or workers.cpus_per_worker",
-    ):
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
-        yield
+def _write(path: Place, text: str) -> None:
+    write_whole(path, (text.rstrip("\n") + "\n").encode())

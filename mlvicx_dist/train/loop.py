@@ -6,11 +6,10 @@ optimizer and the step; the data and the schedule are functions of the step (DES
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlvicx_dist.config import Loss, PretrainConfig, VicWeights, to_tree
-from mlvicx_dist.errors import CheckpointError, TrainingError
-from mlvicx_dist.model.encoder import Encoder, load_strictly, normalise, save_export
+from mlvicx_dist.config import Loss, PretrainConfig, VicWeights
+from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.objective.global_batch import (
     convert_batch_norm,
@@ -32,32 +31,47 @@ from mlvicx_dist.objective.global_batch import (
     weighted_loss,
 )
 from mlvicx_dist.objective.terms import Terms
+from mlvicx_dist.storage import Place, is_local, place
 from mlvicx_dist.stream.augment import photometrics
+from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import Batch, Steps, batches
 from mlvicx_dist.stream.order import rank_shares
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import (
     load_encoder,
+    local_copy,
     newest_checkpoint,
     read_checkpoint,
-    save_checkpoint,
 )
-from mlvicx_dist.train.metrics import Meter, RunLog
+from mlvicx_dist.train.metrics import Meter, RunLog, SampleLog
+from mlvicx_dist.train.notices import Agreement, Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
-from mlvicx_dist.train.versions import library_versions
+from mlvicx_dist.train.saver import Saver
 
-log = logging.getLogger(__name__)
-
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker stands in its group."""
+class Member:
+    """One worker of a group: its rank, the size of the group and its device."""
 
     rank: int
     world_size: int
     device: torch.device
+
+
+def open_shards(config: PretrainConfig) -> ShardSet:
+    """The shards that a run trains on.
+
+    Raises:
+        DataError: a folder holds no whole set of shards, or none of the splits.
+    """
+    return ShardSet.open(
+        [folder.path for folder in config.data.shards],
+        splits=config.data.splits,
+        weights=[folder.weight for folder in config.data.shards],
+        cache=cache_of(config.data),
+    )
 
 
 class TwoViews(nn.Module):
@@ -81,60 +95,83 @@ class TwoViews(nn.Module):
 
 
 def train(
-    config: PretrainConfig, run_dir: Path, place: Place, *, report: Callable[[Row], None]
+    config: PretrainConfig,
+    run_dir: Place,
+    member: Member,
+    *,
+    report: Callable[[Row], None],
+    notices: Notices,
 ) -> int:
     """Train from the newest whole checkpoint of `run_dir`, or from the start, to the last step.
 
     Args:
         config: The settings.
         run_dir: Folder of the run, which all workers see.
-        place: This worker's rank, the world size and its device.
-        report: Called on every rank with each log row.
+        member: This worker's rank, the group's size and its device.
+        report: Called on every rank at the start, with each log row and with each message.
+        notices: Who may ask the group to stop or to leave.
 
     Returns:
-        The number of steps done.
+        The number of steps done; less than all of them where it was asked to stop.
 
     Raises:
         UserError: a shard cannot be read, or the loss is not finite.
+        Regroup: a group of another size is to go on; the checkpoint is there.
     """
     _seed_everything(config)
-    data = config.data
-    shards = ShardSet.open(
-        [folder.path for folder in data.shards],
-        splits=data.splits,
-        weights=[folder.weight for folder in data.shards],
-    )
+    said: list[str] = []
+    shards = open_shards(config)
     steps = Steps(
         shards,
         config.views,
         batch=config.train.batch_size,
         seed=config.train.seed,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=member.rank,
+        world_size=member.world_size,
     )
     total = steps.steps_per_epoch * config.train.epochs
-    model = _model(config, place)
+    agreement = Agreement(
+        member.rank, member.world_size, timeout_s=config.workers.collective_timeout_s
+    )
+    model = _model(config, member)
     optimizer = make_optimizer(model, config.train)
-    start = _resume(run_dir, model, optimizer, place)
-    wrapped = _wrap(TwoViews(model), place)
+    start = done = _resume(run_dir, model, optimizer, config, member, said.append)
+    wrapped = _wrap(TwoViews(model), config, member)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
-    saver = _Saver(config, run_dir, model, optimizer, shards) if place.rank == 0 else None
     clock = _Clock()
-    with RunLog(run_dir, step=start) if place.rank == 0 else nullcontext() as run_log:
+    report({"step": start, "steps": total, "world_size": member.world_size, "said": take(said)})
+    heard = Notice.NONE
+    with ExitStack() as stack:
+        log_samples = _sample_log(config, member)
+        run_log = saver = None
+        if member.rank == 0:
+            run_log = stack.enter_context(RunLog(run_dir, step=start))
+            saver = stack.enter_context(
+                Saver(
+                    config,
+                    run_dir,
+                    model,
+                    optimizer,
+                    shards.digests(),
+                    say=said.append,
+                    before=run_log.publish,
+                )
+            )
         stream = batches(
             steps,
             start=start,
             stop=total,
-            workers=data.loader_workers,
-            pin_memory=place.device.type == "cuda",
+            workers=config.data.loader_workers,
+            pin_memory=member.device.type == "cuda",
         )
         for batch in clock.waiting(stream):
             rate = learning_rate(
                 batch.step, settings=config.train, steps_per_epoch=steps.steps_per_epoch
             )
-            terms, representation = train_step(wrapped, optimizer, batch, rate, config, place)
-            meter.add(batch.step, terms, representation)
+            terms, representation = train_step(wrapped, optimizer, batch, rate, config, member)
             done = batch.step + 1
+            meter.add(batch.step, terms, representation)
+            log_samples(done, batch.samples)
             if done % config.train.log_every_steps == 0 or done == total:
                 row = {
                     "step": done,
@@ -145,11 +182,23 @@ def train(
                 }
                 if run_log:
                     run_log.write(row)
-                report({**row, "steps": total, "resumed": start})
-            if saver and (saver.due(done) or done == total):
-                meter.settle()
-                saver.save(done, final=done == total)
-    return total
+                newest = str(saver.newest) if saver and saver.newest else None
+                report({**row, "steps": total, "checkpoint": newest, "said": take(said)})
+            if saver and done < total:
+                saver.look()
+                if saver.due(done):
+                    meter.settle()
+                    saver.save(done)
+            heard = agreement.heard(notices)
+            if heard in (Notice.REGROUP, Notice.STOP):
+                break
+        if saver and done > start:
+            meter.settle()
+            saver.finish(done, final=done == total)
+        agreement.together()
+    if heard is Notice.REGROUP and done < total:
+        raise Regroup(done)
+    return done
 
 
 def train_step(
@@ -158,13 +207,13 @@ def train_step(
     batch: Batch,
     rate: float,
     config: PretrainConfig,
-    place: Place,
+    member: Member,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One optimizer step; answers with its terms, scalars by name, and view 1's representation."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    images = batch.images.to(place.device, non_blocking=True)
-    table = batch.table.to(place.device, non_blocking=True)
+    images = batch.images.to(member.device, non_blocking=True)
+    table = batch.table.to(member.device, non_blocking=True)
     first, second = (
         normalise(
             photometrics(images[view] / 255, table[view], kernel_px=config.views.blur_kernel_px),
@@ -173,10 +222,10 @@ def train_step(
         for view in (0, 1)
     )
     with torch.autocast(
-        place.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
+        member.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
     ):
         embeddings1, embeddings2, representation = model(first, second)
-    shares = rank_shares(config.train.batch_size, place.world_size)
+    shares = rank_shares(config.train.batch_size, member.world_size)
     terms, spreads = global_terms(embeddings1, embeddings2, shares=shares)
     loss = weighted_loss(terms, config.loss)
     optimizer.zero_grad(set_to_none=True)
@@ -201,52 +250,6 @@ def named_terms(
             named[f"{head}/{term}_weighted"] = getattr(weights, term) * value
         named[f"{head}/std"] = spreads[head]
     return named
-
-
-class _Saver:
-    """Writes the checkpoints and exports of a run; rank 0 has one."""
-
-    def __init__(
-        self,
-        config: PretrainConfig,
-        run_dir: Path,
-        model: MLVICX,
-        optimizer: torch.optim.Optimizer,
-        shards: ShardSet,
-    ) -> None:
-        self.config, self.run_dir, self.model, self.optimizer = config, run_dir, model, optimizer
-        self.manifests = shards.digests()
-        self._last_s, self._count = time.monotonic(), 0
-
-    def due(self, done: int) -> bool:
-        every = self.config.checkpoint
-        if every.every_steps and done % every.every_steps == 0:
-            return True
-        return time.monotonic() - self._last_s >= every.every_s
-
-    def save(self, done: int, *, final: bool) -> None:
-        """Save the state after `done` steps; the encoder too, at the end and every so often."""
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
-            raise TrainingError(
-                f"step {done}: the weights are not finite, so they are not saved; start again from "
-                "the last checkpoint with a lower train.learning_rate_per_256."
-            )
-        every = self.config.checkpoint
-        # The export first: where the last checkpoint stands, its export stands too.
-        if final or (every.export_every and (self._count + 1) % every.export_every == 0):
-            encoder = Encoder.from_model(self.model, self.config.views.image_size_px)
-            folder = self.run_dir / "exports" / f"step-{done:08d}"
-            save_export(encoder, folder, {"run": self.config.run.name, "step": done})
-        state = {
-            "step": done,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "settings": to_tree(self.config),
-            "manifests": self.manifests,
-            "versions": library_versions(),
-        }
-        save_checkpoint(self.run_dir, state, keep=every.keep)
-        self._last_s, self._count = time.monotonic(), self._count + 1
 
 
 class _Clock:
@@ -293,7 +296,7 @@ def _seed_everything(config: PretrainConfig) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _model(config: PretrainConfig, place: Place) -> MLVICX:
+def _model(config: PretrainConfig, member: Member) -> MLVICX:
     """The model of the settings on its device, with the weights that it is to start from."""
     model = build_model(config.model, config.train.seed)
     if config.train.init_from:
@@ -304,32 +307,63 @@ def _model(config: PretrainConfig, place: Place) -> MLVICX:
                 f"model.backbone is {config.model.backbone}; make the two agree."
             )
         load_strictly(model.encoder, source.backbone.state_dict(), where=config.train.init_from)
-    if place.world_size > 1:
-        convert_batch_norm(model, place.device)
-    return model.to(place.device)
+    if config.train.recompute:
+        model.encoder.recompute()
+    if member.world_size > 1:
+        convert_batch_norm(model, member.device)
+    return model.to(member.device)
 
 
-def _wrap(model: TwoViews, place: Place) -> nn.Module:
-    if place.world_size == 1:
+def _wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
+    if member.world_size == 1:
         return model
-    # Batch norm already belongs to the global batch: its buffers are equal on all ranks.
+    # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
+    # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
+    # unused parameters, so a run that must be bitwise repeatable has it look.
     return DistributedDataParallel(
         model,
-        device_ids=[place.device] if place.device.type == "cuda" else None,
+        device_ids=[member.device] if member.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.deterministic,
     )
 
 
-def _resume(run_dir: Path, model: MLVICX, optimizer: torch.optim.Optimizer, place: Place) -> int:
+def _resume(
+    run_dir: Place,
+    model: MLVICX,
+    optimizer: torch.optim.Optimizer,
+    config: PretrainConfig,
+    member: Member,
+    say: Callable[[str], None],
+) -> int:
     """Load the newest whole checkpoint, the same one on every rank; its step, or 0."""
-    found = [newest_checkpoint(run_dir) if place.rank == 0 else None]
-    if place.world_size > 1:
+    found: list[str | None] = [None]
+    if member.rank == 0:
+        newest = newest_checkpoint(run_dir, say)
+        found = [str(newest) if newest else None]
+    if member.world_size > 1:
         dist.broadcast_object_list(found, src=0)
-    path = found[0]
-    if path is None:
+    if found[0] is None:
         return 0
-    state = read_checkpoint(path)
+    path = place(found[0])
+    # Rank 0 has looked at the digest; a copy of a remote one is looked at once a node.
+    state = read_checkpoint(Path(path) if is_local(path) else local_copy(path))
     load_strictly(model, state["model"], where=str(path))
-    optimizer.load_state_dict(state["optimizer"])
+    if state["settings"]["train"]["optimizer"] == config.train.optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        say(f"{path}: its optimizer was another one, so that {config.train.optimizer} starts anew.")
     return int(state["step"])
+
+
+def _sample_log(config: PretrainConfig, member: Member) -> Callable[[int, torch.Tensor], None]:
+    if config.run.samples_path is None:
+        return lambda step, samples: None
+    return SampleLog(config.run.samples_path, member.rank, member.world_size).write
+
+
+def take(said: list[str]) -> list[str]:
+    """What was said since the last time."""
+    taken, said[:] = said[:], []
+    return taken

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
+import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from mlvicx_dist.errors import TrainingError
+from mlvicx_dist.storage import Place, is_local, read_bytes, write_whole
 
 log = logging.getLogger(__name__)
 
+ROWS = "metrics.jsonl"
 RANK_ROWS = 1024
 """Encoder outputs, the latest ones, over which the effective rank is taken."""
 
@@ -107,15 +113,26 @@ class Meter:
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard events of a run; rows past the step it resumes from go."""
+    """metrics.jsonl and TensorBoard events of a run; rows past the step it resumes from go.
 
-    def __init__(self, run_dir: Path, *, step: int) -> None:
+    Where the run's folder is remote they are written here and published with each checkpoint.
+    """
+
+    def __init__(self, run_dir: Place, *, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        _cut(path, step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._run_dir = run_dir
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        folder = run_dir
+        if not is_local(run_dir):
+            self._scratch = tempfile.TemporaryDirectory(prefix="mlvicx-log-")
+            folder = Path(self._scratch.name)
+            with suppress(FileNotFoundError):
+                (folder / ROWS).write_bytes(read_bytes(run_dir / ROWS))
+        self._folder = Path(folder)
+        _cut(self._folder / ROWS, step)
+        self._file = (self._folder / ROWS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a row; its key `step` is the number of steps done."""
@@ -125,10 +142,18 @@ class RunLog:
             if name != "step":
                 self._board.add_scalar(name, value, int(row["step"]))
 
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        self._file.flush()
+    def publish(self) -> None:
+        """Let everything written so far stand in the run's folder.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
         self._board.flush()
+        if self._scratch is None:
+            return
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_file():
+                write_whole(self._run_dir / str(path.relative_to(self._folder)), path.read_bytes())
 
     def __enter__(self) -> RunLog:
         return self
@@ -141,6 +166,23 @@ class RunLog:
     ) -> None:
         self._file.close()
         self._board.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+class SampleLog:
+    """Which samples a rank trained on at each step, for those who must prove it."""
+
+    def __init__(self, folder: str, rank: int, world_size: int) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / f"{time.time_ns()}-rank{rank}.jsonl"
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._about = {"rank": rank, "world_size": world_size, "pid": os.getpid()}
+
+    def write(self, step: int, samples: torch.Tensor) -> None:
+        """Note the global sample indices [b] of a step that is done."""
+        row = {"step": step, **self._about, "time": time.time(), "samples": samples.tolist()}
+        self._file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

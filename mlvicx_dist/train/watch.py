@@ -10,44 +10,64 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.train import UserCallback
 
-from mlvicx_dist.errors import UserError
+from mlvicx_dist.errors import TrainingError, UserError
+from mlvicx_dist.train.notices import Regroup
 
+E = TypeVar("E", bound=BaseException)
 POLL_S = 0.2
 
 
 class Forward(UserCallback):
-    """Runs in the controller: hands rank 0's rows on, and stops the run at a user's error.
+    """Runs in the controller: hands rank 0's rows on, counts failures, stops at a user's error.
 
     A user's error would only come again: raising it here ends the run at once, where Ray would
     start the workers once more.
     """
 
-    def __init__(self, channel: Path) -> None:
-        self.channel = channel
+    def __init__(self, channel: Path, max_failures: int) -> None:
+        self.channel, self.max_failures = channel, max_failures
+        self._failures, self._step, self._best = 0, 0, -1
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         """Append rank 0's row to the channel."""
+        self._step = max(self._step, int(metrics[0]["step"]))
         self._put(metrics[0])
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Say that workers died; raise a user's error.
+        """Say that workers died; raise a user's error, or that they died too often.
 
         Raises:
-            UserError: what a worker raised.
+            UserError: what a worker raised, or more than `max_failures` in a row none of which
+                came further than the one before.
         """
         for error in worker_exceptions.values():
             cause = user_error(error)
             if cause:
                 raise cause
+        if any(inside(error, Regroup) for error in worker_exceptions.values()):
+            self._say("a node leaves or comes: the workers saved and start anew without a loss")
+            return
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-        first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-        self._put({"died": f"worker {ranks} died ({first[-1][:200] if first else 'no message'})"})
+        words = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+        last = words[-1][:200] if words else "no message"
+        self._failures = self._failures + 1 if self._step <= self._best else 1
+        self._best = self._step
+        if self._failures > self.max_failures:
+            raise TrainingError(
+                f"step {self._step}: the workers failed {self._failures} times without a step "
+                f"further, the last time with: {last}; mend that and run the same command again, "
+                "which goes on from the newest checkpoint, or raise workers.max_failures."
+            )
+        self._say(f"worker {ranks} died ({last}); going on from the newest checkpoint")
+
+    def _say(self, words: str) -> None:
+        self._put({"said": [words]})
 
     def _put(self, row: dict[str, Any]) -> None:
         with self.channel.open("a", encoding="utf-8") as file:
@@ -56,6 +76,11 @@ class Forward(UserCallback):
 
 def user_error(error: BaseException | None) -> UserError | None:
     """The user's error inside Ray's wrappers, where there is one."""
+    return inside(error, UserError)
+
+
+def inside(error: BaseException | None, kind: type[E]) -> E | None:
+    """The error of a kind inside Ray's wrappers, where there is one."""
     seen: set[int] = set()
     queue = [error]
     while queue:
@@ -63,7 +88,7 @@ def user_error(error: BaseException | None) -> UserError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UserError):
+        if isinstance(current, kind):
             return current
         inner = [
             getattr(current, name, None) for name in ("controller_failure", "_base_exc", "cause")

@@ -78,6 +78,70 @@ def test_every_family_is_gated_at_its_own_levels_and_all_of_it_is_trained(name):
     assert idle == []
 
 
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        ("resnet18", True),
+        ("mobilenetv3_small_100", True),
+        ("densenet121", True),
+        ("vgg11_bn", True),
+        ("convnext_atto", True),
+        ("dpn48b", False),
+    ],
+)
+def test_recompute_changes_no_number_and_no_key(name, context):
+    settings = SMALL.model_copy(update={"backbone": name, "context": context})
+    views = torch.rand(2, 2, 1, 64, 64, dtype=torch.float64)
+    results = []
+    for recompute in (False, True):
+        model = build_model(settings, 0).double()
+        if recompute:
+            model.encoder.recompute()
+        outputs = [z for view in views for z in model(view).values()]
+        loss = torch.stack([z.square().mean() for z in outputs]).sum()
+        loss.backward()
+        gradients = {f"grad {n}": p.grad for n, p in model.named_parameters()}
+        results.append({"loss": loss.detach(), **gradients, **model.state_dict()})
+    kept, recomputed = results
+    assert kept.keys() == recomputed.keys()
+    assert [k for k in kept if not torch.equal(kept[k], recomputed[k])] == []
+
+
+def test_recompute_keeps_only_the_level_maps_for_backward():
+    model = build_model(SMALL, 0)
+    view = torch.rand(2, 1, 64, 64)
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), view]}
+
+    def kept():
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            maps = model.encoder(view)
+        levels = {m.untyped_storage().data_ptr() for m in maps}
+        return levels, storages.keys() - own, maps
+
+    levels, before, _ = kept()
+    assert len(before) > 20
+    model.encoder.recompute()
+    levels, after, maps = kept()
+    assert after <= levels
+    sum(m.sum() for m in maps).backward()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(maps, model.encoder(view), strict=True))
+
+
+def test_a_backbone_that_is_no_chain_cannot_be_recomputed():
+    model = build_model(
+        SMALL.model_copy(update={"backbone": "legacy_xception", "context": False}), 0
+    )
+    with pytest.raises(ConfigError, match=r"legacy_xception is no chain.*train\.recompute=false"):
+        model.encoder.recompute()
+
+
 def test_the_next_stage_sees_the_gated_map():
     model = build_model(SMALL, 0).eval()
     view = torch.rand(1, 1, 64, 64)

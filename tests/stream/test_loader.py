@@ -1,12 +1,15 @@
 """Batches: the same samples and views for any number of ranks, loader processes and restarts."""
 
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from mlvicx_dist.config import Views
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.stream.loader import Steps, batches
 from mlvicx_dist.stream.order import epoch_order
@@ -95,3 +98,30 @@ def test_sixteen_bits_become_eight():
 
     deep = np.array([[0, 255, 256, 65535]], np.uint16)
     assert as_bytes(deep).tolist() == [[0, 0, 1, 255]]
+
+
+def in_a_thread(function):
+    """As Ray does: PyTorch's signal handler for lost processes lives in the main thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_loader_process_that_is_killed_is_replaced(shards):
+    def attacked():
+        found, before = [], set(multiprocessing.active_children())
+        steps = Steps(shards, VIEWS, batch=7, seed=3)
+        for batch in batches(steps, start=0, stop=12, workers=1):
+            found.append(batch)
+            if batch.step == 1:
+                (process,) = set(multiprocessing.active_children()) - before
+                process.kill()
+                process.join()
+        return found
+
+    assert same(collect(shards), in_a_thread(attacked))
+
+
+def test_loader_processes_that_die_again_and_again_are_one_sentence(shards, monkeypatch):
+    monkeypatch.setattr(Steps, "_batch", lambda self, step: os._exit(1))
+    with pytest.raises(ResourceError, match=r"step 0: loader processes died 3 times in a row"):
+        in_a_thread(lambda: collect(shards, workers=1))

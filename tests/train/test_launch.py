@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_names_step_term_and_level(config, run_dir):
         (["model.backbone=resnet81"], "model.backbone resnet81: timm has no such model"),
         (["train.init_from=/nowhere"], "/nowhere: there is no such file or folder"),
         (["run.storage_path=/proc/x"], "folder cannot be written"),
-        (["run.storage_path=s3://x/y"], "only local folders"),
+        (["run.storage_path=ftp://x/y"], "no place that can be used"),
         (["train.batchsize=3"], "did you mean 'batch_size'?"),
     ],
 )

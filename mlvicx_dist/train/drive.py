@@ -1,0 +1,310 @@
+"""The driver's side of a run: Ray, the trainer, what is shown, and the signals that stop it.
+
+Ray's own `fit` runs in a thread, so that this one hears SIGTERM and Ctrl-C: the first asks the
+workers to save and end after their step, a second Ctrl-C ends at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlvicx_dist.config import PretrainConfig, Workers, to_tree
+from mlvicx_dist.errors import ResourceError, TrainingError
+from mlvicx_dist.progress import Progress, duration, progress
+from mlvicx_dist.session import ray_session, room_for
+from mlvicx_dist.storage import Place, write_whole
+from mlvicx_dist.train.worker import TOKEN, train_worker
+
+POLL_S = 0.2
+PREEMPTION_POLL_S = 2
+HEALTH_CHECK_S = 1
+GOODBYE_S = 5
+ELASTIC_START_S = 12.0
+LOOK_S = 2.0
+"""How often the driver looks for room for more workers."""
+
+
+@dataclass(frozen=True)
+class Driven:
+    """How far a run came: steps done, the step that it went on from, the signal that stopped it."""
+
+    steps: int
+    resumed_from: int
+    stopped_by: int
+
+
+def drive(
+    config: PretrainConfig, run_dir: Place, total: int, *, begin: Callable[[], None]
+) -> Driven:
+    """Train on Ray until the end or a signal, showing progress.
+
+    Args:
+        config: The settings.
+        run_dir: The run's folder.
+        total: Steps of the whole run.
+        begin: Called as soon as this is the run's one driver in the cluster.
+
+    Raises:
+        UserError: what a worker raised, or that workers died again and again.
+    """
+    with _cluster(config), tempfile.TemporaryDirectory(prefix="mlvicx-run-") as scratch:
+        from mlvicx_dist.train.guard import guard
+        from mlvicx_dist.train.notices import Notice
+        from mlvicx_dist.train.watch import watching
+
+        held = guard(str(run_dir))
+        begin()
+        token = run_dir / TOKEN.format(uuid.uuid4().hex)
+        write_whole(token, b"")
+        channel = Path(scratch) / "rows.jsonl"
+        plan = {
+            "settings": to_tree(config),
+            "run_dir": str(run_dir),
+            "token": token.name.removeprefix(TOKEN.format("")),
+            "guard": held,
+        }
+        fit = _Fit(_trainer(config, plan, channel, scratch))
+        try:
+            with progress("training", total, "steps") as bar, _signals() as asked:
+                shown = _Shown(bar)
+                growth = _Growth(config)
+                told = False
+                with watching(channel, shown):
+                    fit.start()
+                    while fit.is_alive() and (shown.started or not asked):
+                        fit.join(POLL_S)
+                        if asked and not told:
+                            bar.say("stopping after a checkpoint; Ctrl-C again stops at once")
+                            held.tell.remote(int(Notice.STOP))
+                            told = True
+                        elif not told and growth.wanted(shown.world_size):
+                            held.tell.remote(int(Notice.REGROUP))
+                        shown.check_silence(config.workers.wait_s)
+                steps = shown.resumed if fit.is_alive() else fit.result()
+        finally:
+            with suppress(OSError):
+                token.unlink()
+    return Driven(steps, shown.resumed, asked[0] if asked and steps < total else 0)
+
+
+class _Fit(threading.Thread):
+    """Ray's fit, and what came of it."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="mlvicx-fit", daemon=True)
+        self._trainer = trainer
+        self._steps: int | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._steps = self._trainer.fit().return_value
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> int:
+        """The number of steps done.
+
+        Raises:
+            UserError: what ended the run.
+        """
+        from ray.train import TrainingFailedError
+
+        from mlvicx_dist.train.watch import user_error
+
+        if self._error is None:
+            assert self._steps is not None
+            return self._steps
+        cause = user_error(self._error)
+        if cause:
+            raise cause from None
+        if isinstance(self._error, TrainingFailedError):
+            words = str(self._error).strip().splitlines()
+            raise TrainingError(
+                f"Ray could not go on with the run ({words[-1] if words else 'no message'}); "
+                f"{where_logs_are()}, and the same command goes on from the newest checkpoint."
+            ) from self._error
+        raise self._error
+
+
+def where_logs_are() -> str:
+    """Where Ray's logs of this session lie, in words."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return f"the workers' logs are in {node.get_session_dir_path()}/logs" if node else "see the log"
+
+
+def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, scratch: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from mlvicx_dist.train.watch import Forward
+
+    workers = config.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=plan,
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min, workers.num) if workers.min else workers.num,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=_each(workers),
+            # Ray would end a group without a checkpoint to make it larger: see `_Growth`.
+            elastic_resize_monitor_interval_s=float("inf"),
+        ),
+        # What Ray stores of its own is the controller's, and that runs on this node. The failures
+        # are counted in `Forward`: a run of weeks may see many, as long as it gets on.
+        run_config=RunConfig(
+            name="ray",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+            callbacks=[Forward(channel, workers.max_failures)],
+        ),
+        torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
+    )
+
+
+def _each(workers: Workers) -> dict[str, float]:
+    """What one worker takes of a node."""
+    return {"CPU": float(workers.cpus_per_worker), **({"GPU": 1.0} if workers.use_gpu else {})}
+
+
+class _Growth:
+    """When a group that is smaller than it may be should make way for a larger one."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._workers = config.workers
+        self._looked_s = self._since_s = time.monotonic()
+        self._after_s = config.workers.resize_after_s
+
+    def wanted(self, world_size: int) -> bool:
+        """Whether there was room for more workers all along for the time that is asked."""
+        now = time.monotonic()
+        if not self._workers.min or not 0 < world_size < self._workers.num:
+            self._since_s = now
+            return False
+        if now - self._looked_s < LOOK_S:
+            return False
+        self._looked_s = now
+        if not room_for(_each(self._workers)):
+            self._since_s, self._after_s = now, self._workers.resize_after_s
+        if now - self._since_s < self._after_s:
+            return False
+        # If the next group is no larger, what seemed room was none: wait longer each time.
+        self._since_s, self._after_s = now, 2 * self._after_s
+        return True
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT that comes while the block runs, in a list."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Shown:
+    """Rows of the workers as progress on the driver.
+
+    Attributes:
+        started: Whether any group has begun.
+        resumed: The step that the first one went on from.
+        world_size: Workers of the group that is at work; 0 where there is none.
+    """
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._step = bar, 0
+        self.started, self.resumed, self.world_size = False, 0, 0
+        self._heard_s = time.monotonic()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        for words in row.get("said", ()):
+            self._bar.say(words)
+        if "step" not in row:
+            self.world_size = 0
+            return
+        self._heard_s = time.monotonic()
+        step = int(row["step"])
+        if "loss" not in row:
+            if not self.started:
+                self.started, self._step, self.resumed = True, step, step
+                self._bar.skip(step)
+            self.world_size = int(row["world_size"])
+            more = "s" if self.world_size > 1 else ""
+            self._bar.say(f"{self.world_size} worker{more} from step {step}")
+            return
+        terms = ", ".join(
+            f"{name} {row[name]:.3g}" for name in row if name.endswith("_weighted")
+        ).replace("_weighted", "")
+        self._bar.advance(
+            max(step - self._step, 0),
+            f"{row['images_per_s']:.0f} images/s, data wait {row['data_wait']:.0%}, "
+            f"loss {row['loss']:.4g} ({terms})",
+        )
+        self._step = max(step, self._step)
+
+    def check_silence(self, limit_s: float) -> None:
+        """End a wait for workers that is longer than a user wants.
+
+        Raises:
+            ResourceError: nothing was heard of any worker for `limit_s`.
+        """
+        if time.monotonic() - self._heard_s > limit_s:
+            raise ResourceError(
+                f"step {self._step}: nothing was heard of the workers for {duration(limit_s)}; "
+                "see with 'ray status' whether the cluster has room for them, or raise "
+                "workers.wait_s; the same command goes on from the newest checkpoint."
+            )
+
+
+@contextmanager
+def _cluster(config: PretrainConfig) -> Iterator[None]:
+    """Ray with room for the least number of workers."""
+    workers = config.workers
+    # An elastic group asks only for what is there. Ray may still count a node that is just gone:
+    # then the next try, soon, is the right one.
+    start_s = min(workers.start_timeout_s, ELASTIC_START_S if workers.min else float("inf"))
+    for name, value in {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start_s,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": workers.collective_timeout_s,
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": workers.collective_timeout_s,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_S,
+        # What a worker that stands still is given before it is killed.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
+    }.items():
+        os.environ[name] = str(value)
+    least = workers.min or workers.num
+    needed = {kind: least * amount for kind, amount in _each(workers).items()}
+    with ray_session(
+        needed,
+        asked="workers.num x workers.cpus_per_worker",
+        remedy="lower workers.num or workers.cpus_per_worker",
+        deaf=True,
+    ):
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        yield

@@ -1,0 +1,98 @@
+"""What decides a run's numbers: settings and data. Another fingerprint is another run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mlvicx_dist.config import PretrainConfig, to_tree
+from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.storage import Place, read_bytes, write_whole
+from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy
+
+FILE = "fingerprint.json"
+NOT_MATHEMATICS = {
+    "train": ("log_every_steps", "recompute"),
+    "data": ("loader_workers", "cache_dir", "cache_gb"),
+}
+"""Settings that leave every number of a run as it is."""
+
+
+def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
+    """The settings that change the mathematics, and the digests of what is read.
+
+    Args:
+        config: The settings.
+        manifests: The digest of each shard folder's manifest.
+    """
+    tree = to_tree(config)
+    for section, keys in NOT_MATHEMATICS.items():
+        for key in keys:
+            tree[section].pop(key, None)
+    tree["data"]["shards"] = [
+        {"manifest": manifest, "weight": folder.weight}
+        for manifest, folder in zip(manifests, config.data.shards, strict=True)
+    ]
+    if config.train.init_from:
+        weights = find_weights(config.train.init_from)
+        file = weights / "encoder.safetensors" if weights.is_dir() else local_copy(weights)
+        tree["train"]["init_from"] = digest(file)
+    return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
+
+
+def check_fingerprint(run_dir: Place, wanted: dict[str, Any], *, accept: bool) -> str:
+    """Refuse to go on with a run whose settings or data were others, unless it is accepted.
+
+    Returns:
+        What changed, in words; nothing where nothing did.
+
+    Raises:
+        CheckpointError: something changed; names what.
+    """
+    changed: list[str] = []
+    there = _read(run_dir / FILE)
+    if there is not None:
+        old, new = _flat(there), _flat(wanted)
+        changed = [
+            f"{key} was {old.get(key)} and is {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+    named = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if changed[3:] else "")
+    if changed and not accept:
+        raise CheckpointError(
+            f"{run_dir}: a run of this name was made with other settings ({named}); "
+            "give this one another run.name, or the old settings to go on with that one, or "
+            "--accept-changes to go on with the new ones."
+        )
+    return named
+
+
+def accept_fingerprint(run_dir: Place, wanted: dict[str, Any]) -> None:
+    """Let it be the run's."""
+    write_whole(run_dir / FILE, (json.dumps(wanted, indent=1) + "\n").encode())
+
+
+def _read(path: Place) -> dict[str, Any] | None:
+    try:
+        tree = json.loads(read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise CheckpointError(
+            f"{path}: the run's fingerprint is damaged; restore it, or remove it if the settings "
+            "are still those that the run was made with."
+        )
+    return tree
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict | list):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,89 @@
+"""A group of workers without Ray: processes on this machine that run the loop."""
+
+import multiprocessing
+import os
+import signal
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
+
+from mlvicx_dist.config import parse_config
+from mlvicx_dist.train.loop import Member, train
+from mlvicx_dist.train.notices import NoNotices, Notice
+
+
+class At(NoNotices):
+    """Says a word at a step, counted in calls."""
+
+    def __init__(self, word, step, start=0):
+        self.said, self.step, self.calls = word, step, start
+
+    def word(self):
+        self.calls += 1
+        return self.said if self.calls == self.step else Notice.NONE
+
+
+def settings(shards, runs, **changes):
+    """A small run as a tree of settings; `train__epochs=3` changes one."""
+    tree = {
+        "kind": "pretrain",
+        "run": {"name": "small", "storage_path": str(runs), "samples_path": str(runs / "samples")},
+        "data": {"shards": [{"path": str(shards)}], "loader_workers": 0},
+        "views": {"image_size_px": 32, "blur_kernel_px": 5},
+        "model": {
+            "backbone": "test_resnet",
+            "projector": {"width": 16},
+            "local": {"resize_px": 8, "channels": 4, "pool": 2},
+        },
+        "train": {
+            "batch_size": 7,
+            "epochs": 3,
+            "optimizer": "adamw",
+            "warmup_epochs": 1,
+            "log_every_steps": 1,
+            "deterministic": True,
+        },
+        "checkpoint": {"every_steps": 2, "keep": 3},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def member(rank, world_size, port, tree, run_dir, notices, kill_at):
+    """One worker; rank `kill_at[0]` is killed when its step `kill_at[1]` is done."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+        )
+
+    def report(row):
+        if kill_at == (rank, row["step"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = parse_config(tree, "test")
+    place = Member(rank, world_size, torch.device("cpu"))
+    train(config, run_dir, place, report=report, notices=notices)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None):
+    """Run a group to its end; whether a worker died on the way."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world_size, port, tree, run_dir, notices or NoNotices(), kill_at)
+    # The modules are imported once, in the process that the workers are forked from.
+    multiprocessing.set_forkserver_preload(["mlvicx_dist.train.loop", "tensorboardX"])
+    try:
+        mp.start_processes(member, arguments, nprocs=world_size, start_method="forkserver")
+    except ProcessException:
+        return True
+    return False
