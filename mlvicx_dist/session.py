@@ -83,6 +83,19 @@ def this_machine() -> dict[str, float]:
     return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
 
 
+def memory_bytes(*, gpu: bool) -> int | None:
+    """The memory of this node that its container allows, or that of its first GPU if it has one."""
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    from ray._private.utils import get_system_memory
+
+    return int(get_system_memory())
+
+
 def _whole_cluster() -> dict[str, float]:
     """What the cluster can grow to where its autoscaler says so, else what it has."""
     import ray

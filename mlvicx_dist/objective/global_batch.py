@@ -217,7 +217,11 @@ def convert_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     place, which keeps what timm's norms with an activation do after the norm.
     """
     if device.type == "cuda":
+        # timm makes new modules without the hooks of the old ones: a gate may sit on a norm.
+        hooks = {n: m._forward_hooks for n, m in model.named_modules() if m._forward_hooks}
         converted: nn.Module = convert_sync_batchnorm(model)
+        for name, own in hooks.items():
+            converted.get_submodule(name)._forward_hooks = own
         return converted
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _GlobalStatistics):

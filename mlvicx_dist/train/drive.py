@@ -23,8 +23,8 @@ from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
 from mlvicx_dist.session import ray_session, room_for
-from mlvicx_dist.storage import Place, write_whole
-from mlvicx_dist.train.worker import TOKEN, train_worker
+from mlvicx_dist.storage import Place, reaching
+from mlvicx_dist.train.worker import TOKEN, take_over, train_worker
 
 POLL_S = 0.2
 PREEMPTION_POLL_S = 2
@@ -65,14 +65,15 @@ def drive(
 
         held = guard(str(run_dir))
         begin()
-        token = run_dir / TOKEN.format(uuid.uuid4().hex)
-        write_whole(token, b"")
+        token = uuid.uuid4().hex
+        take_over(run_dir, token)
         channel = Path(scratch) / "rows.jsonl"
         plan = {
             "settings": to_tree(config),
             "run_dir": str(run_dir),
-            "token": token.name.removeprefix(TOKEN.format("")),
+            "token": token,
             "guard": held,
+            "check_memory": bool(os.environ.get("RAY_ADDRESS")),
         }
         fit = _Fit(_trainer(config, plan, channel, scratch))
         try:
@@ -93,8 +94,8 @@ def drive(
                         shown.check_silence(config.workers.wait_s)
                 steps = shown.resumed if fit.is_alive() else fit.result()
         finally:
-            with suppress(OSError):
-                token.unlink()
+            with suppress(OSError), reaching(run_dir):
+                (run_dir / TOKEN.format(token)).unlink()
     return Driven(steps, shown.resumed, asked[0] if asked and steps < total else 0)
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.session import on_cluster
 from mlvicx_dist.storage import Place, is_local, make_folder, place, read_bytes, write_whole
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import drive
@@ -56,6 +57,7 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
         UserError: something that the user can mend, said in one sentence.
     """
     from mlvicx_dist.train.loop import open_shards
+    from mlvicx_dist.train.memory import check_memory
 
     config = _absolute(config)
     run_dir = place(config.run.storage_path) / config.run.name
@@ -69,6 +71,9 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
             "cannot be shared by more workers than that; lower workers.num."
         )
     _check_model(config)
+    if not on_cluster():
+        least = config.workers.min or config.workers.num
+        check_memory(config, least, node_workers=least, where="this machine")
     with _writing(run_dir):
         make_folder(run_dir)
     with _only_driver(run_dir):

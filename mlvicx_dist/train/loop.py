@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def train(
     *,
     report: Callable[[Row], None],
     notices: Notices,
+    fence: Callable[[], None] = lambda: None,
 ) -> int:
     """Train from the newest whole checkpoint of `run_dir`, or from the start, to the last step.
 
@@ -110,6 +112,7 @@ def train(
         member: This worker's rank, the group's size and its device.
         report: Called on every rank at the start, with each log row and with each message.
         notices: Who may ask the group to stop or to leave.
+        fence: Raises, before something is written, if the run belongs to another driver by now.
 
     Returns:
         The number of steps done; less than all of them where it was asked to stop.
@@ -154,7 +157,7 @@ def train(
                     optimizer,
                     shards.digests(),
                     say=said.append,
-                    before=run_log.publish,
+                    before=partial(_publish, fence, run_log),
                 )
             )
         stream = batches(
@@ -181,6 +184,8 @@ def train(
                     **clock.row(done, config.train.batch_size),
                 }
                 if run_log:
+                    if is_local(run_dir):
+                        fence()
                     run_log.write(row)
                 newest = str(saver.newest) if saver and saver.newest else None
                 report({**row, "steps": total, "checkpoint": newest, "said": take(said)})
@@ -355,6 +360,12 @@ def _resume(
     else:
         say(f"{path}: its optimizer was another one, so that {config.train.optimizer} starts anew.")
     return int(state["step"])
+
+
+def _publish(fence: Callable[[], None], run_log: RunLog) -> None:
+    """Before a checkpoint, the log of the steps that it has behind it."""
+    fence()
+    run_log.publish()
 
 
 def _sample_log(config: PretrainConfig, member: Member) -> Callable[[int, torch.Tensor], None]:

@@ -4,9 +4,9 @@ One training step is run on tensors without data (`FakeTensorMode`), and what li
 counted. Allocators keep what they are given back: what the optimizer takes at the end of a step is
 therefore counted on top of the activations, though the two do not live at once. Against the peak
 resident memory of real steps on a CPU (resnet18 and resnet50 at 96 and 224 px, batch 16 to 64, one
-process and two) it was between 12 % too little and 6 % too much; glibc keeps up to 0.45 GB more of
-small blocks, which counts where the whole is small. No GPU was measured. Not counted: the process
-itself with its libraries (about 0.6 GB), and the loader's processes.
+process and two) it was between 12 % too little and 22 % too much; glibc keeps up to 0.45 GB more
+of small blocks, which counts where the whole is small. No GPU was measured. Not counted: the
+process itself with its libraries (about 0.6 GB), and the loader's processes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import ConfigError, ResourceError
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
+from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.train.loop import TwoViews
 
+PROCESS_BYTES = 600_000_000
+"""What a worker's process takes with its libraries, before it trains."""
 STATES = {"lars": 1, "adamw": 2}
 """Tensors of an optimizer's state for each trained parameter."""
 
@@ -59,30 +62,33 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
     return fixed + _step_peak(model, config, rows)
 
 
-def check_memory(
-    config: PretrainConfig, world_size: int, available_bytes: int, *, where: str
-) -> None:
-    """Refuse a group of which each worker would need more memory than there is for it.
+def check_memory(config: PretrainConfig, world_size: int, *, node_workers: int, where: str) -> None:
+    """Refuse a group of which a worker would need more memory than it has on this node.
 
     Args:
         config: The settings.
         world_size: Workers that share the batch.
-        available_bytes: The memory that each of them may take.
-        where: Whose memory that is, such as "this machine".
+        node_workers: Workers that share this node's memory; each has a GPU of its own.
+        where: What errors call the node, such as "this machine".
 
     Raises:
         ResourceError: there is less.
     """
+    there = memory_bytes(gpu=config.workers.use_gpu)
+    if there is None:
+        return
+    if not config.workers.use_gpu:
+        there = there // node_workers - PROCESS_BYTES
     rows = math.ceil(config.train.batch_size / world_size)
     needed = needed_bytes(config, rows)
-    if needed <= available_bytes:
+    if needed <= there:
         return
     key = "min" if config.workers.min == world_size else "num"
     each = "its one worker" if world_size == 1 else f"each of {world_size} workers"
     recompute = "" if config.train.recompute else ", set train.recompute=true"
     raise ResourceError(
         f"workers.{key} is {world_size}, but {each} would hold {rows} images and need about "
-        f"{_gigabytes(needed)}, where {where} has {_gigabytes(available_bytes)} for it; "
+        f"{_gigabytes(needed)}, where {where} has {_gigabytes(max(there, 0))} for it; "
         f"raise workers.{key}{recompute} or lower train.batch_size."
     )
 

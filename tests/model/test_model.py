@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mlvicx_dist.config import LocalHead, Model, Projector
@@ -11,6 +12,7 @@ from mlvicx_dist.model.encoder import Encoder, load_export, load_strictly, save_
 from mlvicx_dist.model.heads import LocalHead as Head
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.global_batch import convert_batch_norm
 
 SMALL = Model(local=LocalHead(resize_px=16, channels=8, pool=2), projector=Projector(width=16))
 FAMILIES = [
@@ -237,3 +239,16 @@ def test_one_missing_or_extra_key_is_an_error(encoder):
         load_strictly(encoder, missing, where="x")
     with pytest.raises(CheckpointError, match="more is extra"):
         load_strictly(encoder, {**weights, "more": torch.zeros(1)}, where="x")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "mobilenetv3_small_100"])
+def test_the_batch_norm_of_a_gpu_group_keeps_every_gate(backbone):
+    model = build_model(Model(backbone=backbone, projector=Projector(width=8)), 0)
+    keys = list(model.state_dict())
+    gates = sum(len(module._forward_hooks) for module in model.modules())
+    assert gates == len(model.encoder.levels)
+    # What is made for CUDA needs none to be made.
+    model = convert_batch_norm(model, torch.device("cuda"))
+    assert sum(len(module._forward_hooks) for module in model.modules()) == gates
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    assert list(model.state_dict()) == keys

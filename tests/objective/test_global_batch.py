@@ -1,6 +1,5 @@
 """The loss of the global batch: W processes equal one (DESIGN 3.4)."""
 
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import free_port, run_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,11 +93,8 @@ def worker(rank: int, width: int, world_size: int, port: int, path: str, case: C
 
 def train_many(width: int, world_size: int, folder: Path, case: Case = EXACT):
     """`train` on as many processes; the last rank's answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     path = str(folder / "result.pt")
-    mp.spawn(worker, (width, world_size, port, path, case), nprocs=world_size)
+    run_processes(worker, (width, world_size, free_port(), path, case), world_size)
     return torch.load(path)
 
 

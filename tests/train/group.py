@@ -1,16 +1,15 @@
 """A group of workers without Ray: processes on this machine that run the loop."""
 
-import multiprocessing
 import os
 import signal
-import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import free_port, run_processes
 from torch.multiprocessing.spawn import ProcessException
 
 from mlvicx_dist.config import parse_config
+from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.train.loop import Member, train
 from mlvicx_dist.train.notices import NoNotices, Notice
 
@@ -54,36 +53,41 @@ def settings(shards, runs, **changes):
     return tree
 
 
-def member(rank, world_size, port, tree, run_dir, notices, kill_at):
-    """One worker; rank `kill_at[0]` is killed when its step `kill_at[1]` is done."""
+def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at):
+    """One worker; rank `kill_at[0]` is killed when its step `kill_at[1]` is done.
+
+    From the row of step `taken_at` on, the run belongs to another driver.
+    """
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
         )
 
+    def fence():
+        if len(rows) >= taken_at:
+            raise ResourceError("taken.")
+
+    rows = []
+
     def report(row):
+        rows.append(row)
         if kill_at == (rank, row["step"]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = parse_config(tree, "test")
     place = Member(rank, world_size, torch.device("cpu"))
-    train(config, run_dir, place, report=report, notices=notices)
+    train(config, run_dir, place, report=report, notices=notices, fence=fence)
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None):
+def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None, taken_at=10**9):
     """Run a group to its end; whether a worker died on the way."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (world_size, port, tree, run_dir, notices or NoNotices(), kill_at)
-    # The modules are imported once, in the process that the workers are forked from.
-    multiprocessing.set_forkserver_preload(["mlvicx_dist.train.loop", "tensorboardX"])
+    arguments = (world_size, free_port(), tree, run_dir, notices or NoNotices(), kill_at, taken_at)
     try:
-        mp.start_processes(member, arguments, nprocs=world_size, start_method="forkserver")
+        run_processes(member, arguments, world_size)
     except ProcessException:
         return True
     return False

@@ -14,9 +14,12 @@ import torch
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.config import load_config
+from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.ingest.shards import read_manifest
+from mlvicx_dist.session import ray_session
 from mlvicx_dist.train.checkpoint import load_encoder, newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.metrics import read_rows
+from mlvicx_dist.train.worker import TOKEN, check_owner, check_shared, take_over
 
 SMALL = """\
 kind: pretrain
@@ -72,31 +75,27 @@ def ray_processes(session_of):
     return found
 
 
-def test_killed_at_any_moment_it_goes_on_and_ends(config, run_dir, tmp_path):
-    mark = f"MLVICX_TEST={tmp_path}"
-    environment = {**os.environ, "MLVICX_TEST": str(tmp_path)}
+def test_a_driver_that_is_killed_goes_on_and_ends(config, run_dir, tmp_path, capsys):
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            command(config, "train.epochs=400"), stderr=log, stdout=log, env=environment
-        )
+        driver = subprocess.Popen(command(config, "train.epochs=400"), stderr=log, stdout=log)
         deadline = time.monotonic() + 120
         while newest_checkpoint(run_dir) is None and time.monotonic() < deadline:
             time.sleep(0.1)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    # Ray's agents look for their raylet in turns of some seconds, so they end last.
-    deadline = time.monotonic() + 90
-    while ray_processes(mark) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert ray_processes(mark) == []
-    (run_dir / "fingerprint.json").unlink()  # the rest is a shorter run: 40 epochs
     reached = read_checkpoint(newest_checkpoint(run_dir))["step"]
-    epochs = reached // (total_steps(config) // 40) + 2
+    epochs = reached // (total_steps(config) // 40) + 8
     again = command(config, f"train.epochs={epochs}")
-    result = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert main(again[3:]) == 2
+    assert f"train.epochs was 400 and is {epochs}" in capsys.readouterr().err
+    result = subprocess.run(
+        [*again, "--accept-changes"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     outcome = json.loads(result.stdout)
-    assert outcome["resumed_from"] == reached
+    # Workers outlive their driver by some seconds; what they did by then is not done again.
+    assert outcome["resumed_from"] >= reached
+    assert outcome["changes"] == f"train.epochs was 400 and is {epochs}"
     steps = [row["step"] for row in read_rows(run_dir / "metrics.jsonl")]
     assert steps == sorted(set(steps))
     assert steps[-1] == outcome["steps"] == epochs * (total_steps(config) // 40)
@@ -105,39 +104,79 @@ def test_killed_at_any_moment_it_goes_on_and_ends(config, run_dir, tmp_path):
     exported = load_encoder(run_dir / "exports" / f"step-{outcome['steps']:08d}")
     images = torch.rand(2, 1, 32, 32)
     assert torch.equal(encoder(images), exported(images))
-    finished = subprocess.run(again, capture_output=True, text=True, check=True)
-    assert json.loads(finished.stdout)["already_finished"]
+    assert main(again[3:]) == 0
+    assert json.loads(capsys.readouterr().out)["already_finished"]
 
 
-def test_a_worker_that_meets_a_damaged_shard_stops_the_run_in_one_sentence(
-    config, phantom_shards, tmp_path
-):
-    shards = shutil.copytree(phantom_shards, tmp_path / "damaged")
-    for shard in read_manifest(shards).shards:
-        path = shards / shard.name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = subprocess.run(
-        command(config, f"data.shards.0.path={shards}"), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert re.search(r"damaged/train-\d+\.tar: .*mlvicx verify", last)
+@pytest.mark.slow
+def test_no_process_outlives_a_driver_that_is_killed(config, run_dir, tmp_path):
+    mark = f"MLVICX_TEST={tmp_path}"
+    # Ray writes its processes' titles over their environment unless it is told not to.
+    environment = {**os.environ, "MLVICX_TEST": str(tmp_path), "SPT_NOENV": "1"}
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            command(config, "train.epochs=400"), stderr=log, stdout=log, env=environment
+        )
+        deadline = time.monotonic() + 120
+        while newest_checkpoint(run_dir) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(ray_processes(mark)) > 4
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    # Ray's agents look for their raylet in turns of some seconds, so they end last.
+    deadline = time.monotonic() + 180
+    while ray_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert ray_processes(mark) == []
 
 
-def test_a_loss_that_is_not_finite_names_step_term_and_level(config, run_dir):
-    result = subprocess.run(
-        command(config, "train.learning_rate_per_256=1e30", "train.warmup_epochs=0"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert re.search(r"step \d+: the \w+ of the \w+ (term|value) is (nan|inf)", last) or re.search(
-        r"step \d+: the weights are not finite", last
-    )
+@pytest.fixture(scope="class")
+def cluster():
+    """One Ray for the tests that run in this process."""
+    with ray_session({"CPU": 2}, asked="these tests", remedy="take two cores"):
+        yield
+
+
+@pytest.mark.usefixtures("cluster")
+class TestInOneCluster:
+    def test_a_worker_that_meets_a_damaged_shard_stops_the_run_in_one_sentence(
+        self, config, phantom_shards, tmp_path, capsys
+    ):
+        shards = shutil.copytree(phantom_shards, tmp_path / "damaged")
+        for shard in read_manifest(shards).shards:
+            path = shards / shard.name
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert main(command(config, f"data.shards.0.path={shards}")[3:]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        last = error.strip().splitlines()[-1]
+        assert re.search(r"damaged/train-\d+\.tar: .*mlvicx verify", last)
+
+    def test_a_loss_that_is_not_finite_names_step_term_and_level(self, config, capsys):
+        overrides = ["train.learning_rate_per_256=1e30", "train.warmup_epochs=0"]
+        assert main(command(config, *overrides)[3:]) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        last = error.strip().splitlines()[-1]
+        assert re.search(
+            r"step \d+: the \w+ of the \w+ (term|value) is (nan|inf)", last
+        ) or re.search(r"step \d+: the weights are not finite", last)
+
+
+def test_a_folder_that_a_node_does_not_share_is_one_sentence(tmp_path):
+    (tmp_path / TOKEN.format("there")).touch()
+    check_shared(tmp_path, "there")
+    with pytest.raises(DataError, match="folder is not shared by all nodes"):
+        check_shared(tmp_path, "another")
+
+
+def test_workers_that_outlive_their_driver_write_no_more(tmp_path):
+    take_over(tmp_path, "first")
+    check_owner(tmp_path, "first")
+    take_over(tmp_path, "second")
+    check_owner(tmp_path, "second")
+    with pytest.raises(ResourceError, match="another process has taken this run"):
+        check_owner(tmp_path, "first")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +184,7 @@ def test_a_loss_that_is_not_finite_names_step_term_and_level(config, run_dir):
     [
         (["train.batch_size=500"], "batch of 500 is larger than the"),
         (["workers.num=64", "train.batch_size=8"], "cannot be shared by more workers"),
+        (["train.batch_size=28", "views.image_size_px=2048"], "hold 14 images and need about"),
         (["workers.cpus_per_worker=500"], "asks for 1000 CPUs, but this machine has"),
         (["data.shards.0.path=/nowhere"], "/nowhere: there is no such folder of shards"),
         (["data.splits=[holdout]"], "no images of the split holdout"),

@@ -14,6 +14,7 @@ from mlvicx_dist.config import Model, load_as, parse_config, to_tree
 from mlvicx_dist.config import PretrainConfig as Config
 from mlvicx_dist.errors import ConfigError, ResourceError
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.train import memory
 from mlvicx_dist.train.memory import check_memory, needed_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,7 @@ def taken(settings, **environment):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_where_freed_memory_is_handed_back_a_step_takes_what_is_foretold(recompute):
@@ -90,6 +92,7 @@ def test_where_freed_memory_is_handed_back_a_step_takes_what_is_foretold(recompu
     assert needed_bytes(settings, 24) == pytest.approx(truth, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_step_that_frees_as_it_likes_takes_no_more_than_half_a_gigabyte_more():
     # glibc keeps freed blocks below 32 MB; measured: 0.05 to 0.45 GB at 2 to 64 images.
@@ -150,11 +153,16 @@ def test_the_default_takes_less_than_three_seconds():
         ),
     ],
 )
-def test_a_group_that_memory_cannot_hold_is_refused_in_one_sentence(changes, world_size, words):
+def test_a_group_that_memory_cannot_hold_is_refused_in_one_sentence(
+    changes, world_size, words, monkeypatch
+):
     settings = config(train__batch_size=4096, **changes)
+    there = [2 * (2 * 10**9 + memory.PROCESS_BYTES)]
+    monkeypatch.setattr(memory, "memory_bytes", lambda gpu: there[-1])
     with pytest.raises(ResourceError, match=f"^{words}$"):
-        check_memory(settings, world_size, 2 * 10**9, where="this machine")
-    check_memory(settings, world_size, 10**12, where="this machine")
+        check_memory(settings, world_size, node_workers=2, where="this machine")
+    there.append(2 * (10**12 + memory.PROCESS_BYTES))
+    check_memory(settings, world_size, node_workers=2, where="this machine")
 
 
 def test_a_backbone_whose_maps_do_not_fit_is_one_sentence(capfd):

@@ -97,3 +97,16 @@ def test_a_group_that_is_to_leave_saves_first(phantom_shards, tmp_path):
     assert last(tmp_path / "small")[0] == 4
     assert not run_group(tree, tmp_path / "small", 1)
     assert set(trajectory(tmp_path / "samples")[1].values()) == {1}
+
+
+def test_a_group_whose_run_was_taken_writes_nothing_more(phantom_shards, tmp_path):
+    tree = settings(phantom_shards, tmp_path)
+    assert run_group(tree, tmp_path / "small", 2, taken_at=6)
+    assert last(tmp_path / "small")[0] == 4
+    assert [row["step"] for row in read_rows(tmp_path / "small" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
