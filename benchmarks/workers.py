@@ -41,9 +41,11 @@ BATCH, STEPS, ROUNDS = 64, 3, 2
 DEFAULT = Path(__file__).parents[1] / "configs" / "pretrain" / "default.yaml"
 
 
-def settings(folder: Path) -> list[str]:
+def settings(folder: Path, precision: str) -> list[str]:
     """What is other than in the default."""
     return [
+        "data.loader_workers=1",
+        f"train.precision={precision}",
         f"data.shards=[{{path: {folder / 'shards'}}}]",
         f"run.storage_path={folder}",
         f"train.batch_size={BATCH}",
@@ -54,35 +56,36 @@ def settings(folder: Path) -> list[str]:
     ]
 
 
-def worker(rank: int, world_size: int, port: int, folder: Path, out: str) -> None:
+def worker(rank: int, world_size: int, port: int, folder: Path, precision: str) -> None:
     """One worker; rank 0 writes the seconds of each step."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
         )
-    config = load_as(PretrainConfig, DEFAULT, settings(folder))
+    config = load_as(PretrainConfig, DEFAULT, settings(folder, precision))
+    run_dir = folder / f"run{port}"
+    run_dir.mkdir(exist_ok=True)
     times: list[float] = []
 
     def report(row: dict[str, Any]) -> None:
         times.append(time.perf_counter())
         if len(times) == STEPS + 2 and rank == 0:
-            Path(out).write_text(json.dumps([b - a for a, b in pairwise(times[1:])]))
+            (folder / "times").write_text(json.dumps([b - a for a, b in pairwise(times[1:])]))
         if len(times) == STEPS + 2:
             os._exit(0)
 
     member = Member(rank, world_size, torch.device("cpu"))
-    train(config, folder / f"run{os.getpid()}", member, report=report, notices=NoNotices())
+    train(config, run_dir, member, report=report, notices=NoNotices())
 
 
-def images_per_s(world_size: int, folder: Path) -> float:
+def images_per_s(world_size: int, folder: Path, precision: str) -> float:
     """The median rate of a group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out = folder / "times"
-    mp.spawn(worker, (world_size, port, folder, str(out)), nprocs=world_size)
-    return BATCH / statistics.median(json.loads(out.read_text()))
+    mp.spawn(worker, (world_size, port, folder, precision), nprocs=world_size)
+    return BATCH / statistics.median(json.loads((folder / "times").read_text()))
 
 
 def measure() -> list[Row]:
@@ -97,10 +100,16 @@ def measure() -> list[Row]:
         )
         whole = PackSettings(fractions=Fractions(1.0, 0.0, 0.0))
         pack(listing.records, folder / "shards", settings=whole, salt=b"\0" * 32)
-        rates = [(images_per_s(2, folder), images_per_s(1, folder)) for _ in range(ROUNDS)]
-    ours = statistics.median(two for two, _ in rates)
-    theirs = statistics.median(one for _, one in rates)
-    return [Row(f"2 workers against 1, batch {BATCH}", ours, theirs, "images/s", 1.8)]
+        rows = []
+        for precision in ("bf16", "float32"):
+            pairs = [
+                (images_per_s(2, folder, precision), images_per_s(1, folder, precision))
+                for _ in range(ROUNDS)
+            ]
+            ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+            name = f"2 workers against 1, batch {BATCH}, {precision}"
+            rows.append(Row(name, ours, theirs, "images/s", 1.8))
+        return rows
 
 
 if __name__ == "__main__":

@@ -163,7 +163,10 @@ def _pretrain(options: argparse.Namespace) -> Answer:
     if outcome.already_finished:
         first = f"{outcome.run_dir}: this run is finished ({outcome.steps} steps); nothing to do."
     elif outcome.stopped_by:
-        first = f"{outcome.run_dir}: stopped at step {outcome.steps}{resumed}; nothing is lost."
+        when = (
+            f"at step {outcome.steps}{resumed}" if outcome.steps else "while no worker was at work"
+        )
+        first = f"{outcome.run_dir}: stopped {when}; nothing is lost."
         follow = "The same command goes on from there."
     else:
         first = f"{outcome.run_dir}: trained to step {outcome.steps}{resumed}."

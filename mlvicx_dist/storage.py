@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from upath import UPath
 
 from mlvicx_dist.errors import DataError, nearest
 
+T = TypeVar("T")
 Place: TypeAlias = Any
 """A local `Path` or a remote `UPath`; both have the methods of pathlib."""
 
@@ -56,7 +57,8 @@ def place(text: str | Path) -> Place:
     if scheme == "file":
         return Path(rest.removeprefix("//"))
     try:
-        path = UPath(text)
+        # Other processes write there too: what was listed once is not what is there.
+        path = UPath(text, use_listings_cache=False)
         path.fs  # noqa: B018  (here the library is imported)
         return path
     except ImportError as error:
@@ -140,7 +142,7 @@ def read_bytes(path: Place, *, patience_s: float | None = None) -> bytes:
     if is_local(path):
         return bytes(path.read_bytes())
     # Opening a file of http takes every failure for a file that is missing; this does not.
-    return _insist(path, lambda: bytes(path.fs.cat_file(path.path)), patience_s)
+    return insist(path, lambda: bytes(path.fs.cat_file(path.path)), patience_s)
 
 
 def read_range(path: Place, offset: int, size: int, *, patience_s: float | None = None) -> bytes:
@@ -178,7 +180,7 @@ def read_range(path: Place, offset: int, size: int, *, patience_s: float | None 
         return bytes(data)
 
     try:
-        return _insist(path, ask, 0 if is_local(path) else patience_s)
+        return insist(path, ask, 0 if is_local(path) else patience_s)
     except FileNotFoundError:
         raise DataError(
             f"{path}: there is no such file; run 'mlvicx verify {path.parent}' to see what is "
@@ -196,13 +198,16 @@ def told(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def _insist(path: Place, ask: Callable[[], bytes], patience_s: float | None) -> bytes:
+def insist(path: Place, ask: Callable[[], T], patience_s: float | None) -> T:
     """What `ask` gives; asked again after 1, 2, 4, … s where it fails, but not for what is missing.
 
     Args:
         path: What is asked.
         ask: Asks once.
         patience_s: For how long; None: `TRIES` times.
+
+    Raises:
+        OSError: it did not.
     """
     began_s = time.monotonic()
     for attempt in itertools.count(1):

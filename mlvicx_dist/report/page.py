@@ -5,34 +5,35 @@ from __future__ import annotations
 import base64
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
-from mlvicx_dist.config import PretrainConfig, load_as, to_tree
+from mlvicx_dist.config import PretrainConfig, parse_config, parse_yaml, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, UserError
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contact_sheet
-from mlvicx_dist.storage import write_whole
+from mlvicx_dist.storage import Place, place, read_bytes, write_whole
 from mlvicx_dist.train.metrics import read_rows
 
 CONTACT_IMAGES = 6
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a run's folder from what is there, finished or not.
+def write_report(run: str | Place) -> Place:
+    """Write `report.html` into a run's folder, local or remote, finished or not.
 
     Raises:
         DataError: the folder is no run.
     """
-    run_dir = Path(run_dir)
+    run_dir = place(run)
+    path = run_dir / "config.yaml"
     try:
-        config = load_as(PretrainConfig, run_dir / "config.yaml")
-    except ConfigError:
+        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
+        assert isinstance(config, PretrainConfig)
+    except (OSError, ConfigError):
         raise DataError(
             f"{run_dir}: it is no run's folder (no config.yaml in it); give "
             "storage_path/name of a pretraining."
@@ -65,11 +66,11 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Place) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _state(run_dir: Path, rows: list[dict[str, float]]) -> dict[str, Any]:
+def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
     """How far the run is, in words for the head of the page."""
     state = _json(run_dir / "state.json")
     last = rows[-1] if rows else {}

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -28,11 +29,13 @@ from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.storage import (
     Place,
     becoming,
+    insist,
     is_local,
     make_folder,
     place,
     reaching,
     read_bytes,
+    told,
     write_whole,
 )
 
@@ -67,10 +70,6 @@ def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Plac
                 "sha256": digest(partial),
             }
         write_whole(path.with_suffix(".json"), (json.dumps(seal) + "\n").encode())
-        with reaching(folder):
-            for old in _seals(folder)[keep:]:
-                old.unlink(missing_ok=True)
-                old.with_suffix(".pt").unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         # PyTorch's writer answers a full disk with a RuntimeError that comes of the OSError.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -79,72 +78,116 @@ def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Plac
             f"{path}: the checkpoint cannot be written ({reason}); free space or mend the access "
             "to it: the checkpoint before it stays."
         ) from None
+    try:
+        _retain(folder, path.with_suffix(".json").name, keep)
+    except OSError as error:
+        log.warning("%s: old checkpoints cannot be removed (%s)", folder, error)
     return path
+
+
+def _retain(folder: Place, newest: str, keep: int) -> None:
+    """Remove all but the newest `keep`, and those of later steps: the run went on from before."""
+    with reaching(folder):
+        seals = _seals(folder)
+        kept = [seal for seal in seals if seal.name <= newest][:keep]
+        for seal in seals:
+            if seal.name not in {one.name for one in kept}:
+                seal.unlink(missing_ok=True)
+                seal.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def clear_partial(run_dir: Place) -> None:
     """Remove what a killed process left half written; only the run's one driver may."""
-    if is_local(run_dir):
-        for path in (run_dir / "checkpoints").glob(".step-*.partial"):
+    if not is_local(run_dir):
+        return
+    for path in (run_dir / "checkpoints").glob(".step-*.partial"):
+        path.unlink(missing_ok=True)
+    for path in (run_dir / "checkpoints").glob("step-*.pt"):
+        if not path.with_suffix(".json").exists():
             path.unlink(missing_ok=True)
+    for path in (run_dir / "exports").glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def newest_checkpoint(run_dir: Place, say: Callable[[str], None] = log.warning) -> Place | None:
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written."""
+
+
+def newest_checkpoint(
+    run_dir: Place, say: Callable[[str], None] = log.warning, *, patience_s: float | None = None
+) -> Place | None:
     """The newest whole checkpoint of a run; a damaged one is named to `say` and passed over.
 
+    Args:
+        run_dir: Folder of the run.
+        say: Called with a sentence for each one that is damaged.
+        patience_s: How long a store that fails is asked again; None: a few times.
+
+    Returns:
+        None where there is none yet.
+
     Raises:
-        CheckpointError: the run's store cannot be reached.
+        CheckpointError: the store cannot be reached, one cannot be read, or none is whole.
     """
     try:
-        with reaching(run_dir):
-            seals = _seals(run_dir / "checkpoints")
+        patience = 0 if is_local(run_dir) else patience_s
+        seals = insist(run_dir, lambda: _seals(run_dir / "checkpoints"), patience)
     except OSError as error:
         raise CheckpointError(
-            f"{run_dir}: its checkpoints cannot be listed ({error.strerror or error}); check the "
-            "address and your access to it."
+            f"{run_dir}: its checkpoints cannot be listed ({told(error)}); check the address and "
+            "your access to it."
         ) from None
     for seal in seals:
         path = seal.with_suffix(".pt")
         try:
-            local_copy(path)
-        except CheckpointError as error:
+            local_copy(path, patience_s=patience_s)
+        except DamagedError as error:
             say(f"{error} The checkpoint before it is taken.")
         else:
             return path
+    if seals:
+        raise CheckpointError(
+            f"{run_dir}: none of its {len(seals)} checkpoints is whole; restore one, or give this "
+            "run another run.name to begin anew."
+        )
     return None
 
 
-def local_copy(path: Place) -> Path:
+def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     """A checkpoint that its seal says is whole, as a local file: itself, or the node's one copy.
 
     Raises:
-        CheckpointError: it or its seal is missing, or they do not agree.
+        DamagedError: it or its seal is missing, or they do not agree.
+        CheckpointError: it cannot be read, which says nothing of what it is.
     """
     if is_local(path):
         check_digest(path)
         return Path(path)
     folder = COPIES / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     copy = folder / path.name
-    with FileLock(folder / "lock"):
-        try:
-            write_whole(copy.with_suffix(".json"), read_bytes(path.with_suffix(".json")))
+
+    def fetch() -> None:
+        for other in [*folder.glob("*.pt"), *folder.glob(".*.partial")]:
+            other.unlink()
+        with becoming(copy) as partial:
+            path.fs.get_file(path.path, str(partial))
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(folder / "lock"):
+            seal = read_bytes(path.with_suffix(".json"), patience_s=patience_s)
+            write_whole(copy.with_suffix(".json"), seal)
             try:
                 check_digest(copy)
-            except CheckpointError:
-                for other in folder.glob("*.pt"):
-                    other.unlink()
-                with reaching(path), becoming(copy) as partial:
-                    path.fs.get_file(path.path, str(partial))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint cannot be read ({error.strerror or error}); use an older "
-                "one from the same folder."
-            ) from None
-        try:
-            check_digest(copy)
-        except CheckpointError:
-            raise CheckpointError(_damaged(path)) from None
+            except DamagedError:
+                insist(path, fetch, patience_s)
+                check_digest(copy)
+    except FileNotFoundError:
+        raise DamagedError(_damaged(path)) from None
+    except DamagedError:
+        raise DamagedError(_damaged(path)) from None
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from None
     return copy
 
 
@@ -152,17 +195,27 @@ def check_digest(path: Path) -> None:
     """Compare a local checkpoint with its seal.
 
     Raises:
-        CheckpointError: one of the two is missing, or they do not agree.
+        DamagedError: one of the two is missing, or they do not agree.
+        CheckpointError: they cannot be read.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint; give one that exists.")
+        raise DamagedError(f"{path}: there is no such checkpoint; give one that exists.")
     try:
         seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = path.stat().st_size == seal["bytes"] and digest(path) == seal["sha256"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         whole = False
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from None
     if not whole:
-        raise CheckpointError(_damaged(path))
+        raise DamagedError(_damaged(path))
+
+
+def _unreadable(path: Place, error: OSError) -> str:
+    return (
+        f"{path}: the checkpoint cannot be read ({told(error)}); mend the access to it and run the "
+        "same command again."
+    )
 
 
 def _damaged(path: Place) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
-from mlvicx_dist.session import ray_session, room_for
+from mlvicx_dist.session import on_cluster, ray_session, room_for
 from mlvicx_dist.storage import Place, reaching
-from mlvicx_dist.train.worker import TOKEN, take_over, train_worker
+from mlvicx_dist.train.worker import TOKEN, train_worker
 
 POLL_S = 0.2
 PREEMPTION_POLL_S = 2
@@ -45,7 +45,7 @@ class Driven:
 
 
 def drive(
-    config: PretrainConfig, run_dir: Place, total: int, *, begin: Callable[[], None]
+    config: PretrainConfig, run_dir: Place, total: int, *, begin: Callable[[str], None]
 ) -> Driven:
     """Train on Ray until the end or a signal, showing progress.
 
@@ -53,27 +53,27 @@ def drive(
         config: The settings.
         run_dir: The run's folder.
         total: Steps of the whole run.
-        begin: Called as soon as this is the run's one driver in the cluster.
+        begin: Called with the driver's token, as soon as this is the one driver in the cluster.
 
     Raises:
         UserError: what a worker raised, or that workers died again and again.
     """
+    elsewhere = on_cluster()
     with _cluster(config), tempfile.TemporaryDirectory(prefix="mlvicx-run-") as scratch:
         from mlvicx_dist.train.guard import guard
         from mlvicx_dist.train.notices import Notice
         from mlvicx_dist.train.watch import watching
 
         held = guard(str(run_dir))
-        begin()
         token = uuid.uuid4().hex
-        take_over(run_dir, token)
+        begin(token)
         channel = Path(scratch) / "rows.jsonl"
         plan = {
             "settings": to_tree(config),
             "run_dir": str(run_dir),
             "token": token,
             "guard": held,
-            "check_memory": bool(os.environ.get("RAY_ADDRESS")),
+            "check_memory": elsewhere,
         }
         fit = _Fit(_trainer(config, plan, channel, scratch))
         try:
@@ -83,7 +83,7 @@ def drive(
                 told = False
                 with watching(channel, shown):
                     fit.start()
-                    while fit.is_alive() and (shown.started or not asked):
+                    while fit.is_alive() and (shown.world_size or not asked):
                         fit.join(POLL_S)
                         if asked and not told:
                             bar.say("stopping after a checkpoint; Ctrl-C again stops at once")
@@ -92,7 +92,8 @@ def drive(
                         elif not told and growth.wanted(shown.world_size):
                             held.tell.remote(int(Notice.REGROUP))
                         shown.check_silence(config.workers.wait_s)
-                steps = shown.resumed if fit.is_alive() else fit.result()
+                # Where no worker was at work there is nothing to save.
+                steps = 0 if fit.is_alive() else fit.result()
         finally:
             with suppress(OSError), reaching(run_dir):
                 (run_dir / TOKEN.format(token)).unlink()

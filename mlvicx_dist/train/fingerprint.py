@@ -59,6 +59,11 @@ def check_fingerprint(run_dir: Place, wanted: dict[str, Any], *, accept: bool) -
             if old.get(key) != new.get(key)
         ]
     named = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if changed[3:] else "")
+    if accept and any(one.startswith("model.") for one in changed):
+        raise CheckpointError(
+            f"{run_dir}: its checkpoints are of another model ({named}), which cannot be accepted; "
+            "give this one another run.name, or train.init_from to start from its encoder."
+        )
     if changed and not accept:
         raise CheckpointError(
             f"{run_dir}: a run of this name was made with other settings ({named}); "

@@ -18,11 +18,12 @@ from filelock import FileLock, Timeout
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.session import on_cluster
-from mlvicx_dist.storage import Place, is_local, make_folder, place, read_bytes, write_whole
+from mlvicx_dist.storage import Place, insist, is_local, make_folder, place, read_bytes, write_whole
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import drive
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
 from mlvicx_dist.train.versions import library_versions, machine
+from mlvicx_dist.train.worker import take_over
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,18 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
             if state.get("state") == "finished" and state.get("steps") == total and not changes:
                 return Outcome(run_dir, total, total, already_finished=True)
 
-        def begin() -> None:
+        def begin(token: str) -> None:
             with _writing(run_dir):
+                insist(run_dir, lambda: take_over(run_dir, token), None)
                 accept_fingerprint(run_dir, wanted)
                 _write(run_dir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
                 _write(run_dir / "environment.json", json.dumps(_environment(config, len(shards))))
 
         driven = drive(config, run_dir, total, begin=begin)
-        with _writing(run_dir):
+        if driven.steps:
             ended = "finished" if driven.steps == total else "stopped"
-            _write(run_dir / "state.json", json.dumps({"state": ended, "steps": driven.steps}))
+            with _writing(run_dir):
+                _write(run_dir / "state.json", json.dumps({"state": ended, "steps": driven.steps}))
     return Outcome(
         run_dir,
         driven.steps,
@@ -114,7 +117,10 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
         (tree["data"], "cache_dir"),
     ]:
         if where[key]:
-            where[key] = str(place(where[key]))
+            there = place(where[key])
+            if key in ("samples_path", "cache_dir") and not is_local(there):
+                raise DataError(f"{where[key]}: {key} must be a folder of each node; give a path.")
+            where[key] = str(there)
     return PretrainConfig.model_validate(tree)
 
 

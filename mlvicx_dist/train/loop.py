@@ -32,7 +32,7 @@ from mlvicx_dist.objective.global_batch import (
     weighted_loss,
 )
 from mlvicx_dist.objective.terms import Terms
-from mlvicx_dist.storage import Place, is_local, place
+from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import Batch, Steps, batches
@@ -148,7 +148,7 @@ def train(
         log_samples = _sample_log(config, member)
         run_log = saver = None
         if member.rank == 0:
-            run_log = stack.enter_context(RunLog(run_dir, step=start))
+            run_log = stack.enter_context(RunLog(run_dir, step=start, patience_s=PATIENCE_S))
             saver = stack.enter_context(
                 Saver(
                     config,
@@ -184,9 +184,7 @@ def train(
                     **clock.row(done, config.train.batch_size),
                 }
                 if run_log:
-                    if is_local(run_dir):
-                        fence()
-                    run_log.write(row)
+                    _write_row(run_log, row, fence if is_local(run_dir) else None, said.append)
                 newest = str(saver.newest) if saver and saver.newest else None
                 report({**row, "steps": total, "checkpoint": newest, "said": take(said)})
             if saver and done < total:
@@ -199,7 +197,12 @@ def train(
                 break
         if saver and done > start:
             meter.settle()
-            saver.finish(done, final=done == total)
+            try:
+                saver.finish(done, final=done == total)
+            except CheckpointError:
+                # A group that is to leave does so: the next one goes on from the checkpoint before.
+                if heard is not Notice.REGROUP:
+                    raise
         agreement.together()
     if heard is Notice.REGROUP and done < total:
         raise Regroup(done)
@@ -345,7 +348,7 @@ def _resume(
     """Load the newest whole checkpoint, the same one on every rank; its step, or 0."""
     found: list[str | None] = [None]
     if member.rank == 0:
-        newest = newest_checkpoint(run_dir, say)
+        newest = newest_checkpoint(run_dir, say, patience_s=PATIENCE_S)
         found = [str(newest) if newest else None]
     if member.world_size > 1:
         dist.broadcast_object_list(found, src=0)
@@ -353,13 +356,34 @@ def _resume(
         return 0
     path = place(found[0])
     # Rank 0 has looked at the digest; a copy of a remote one is looked at once a node.
-    state = read_checkpoint(Path(path) if is_local(path) else local_copy(path))
+    state = read_checkpoint(
+        Path(path) if is_local(path) else local_copy(path, patience_s=PATIENCE_S)
+    )
     load_strictly(model, state["model"], where=str(path))
     if state["settings"]["train"]["optimizer"] == config.train.optimizer:
+        # The state is the checkpoint's, the options are the settings'.
+        options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
     else:
         say(f"{path}: its optimizer was another one, so that {config.train.optimizer} starts anew.")
     return int(state["step"])
+
+
+def _write_row(
+    run_log: RunLog,
+    row: Row,
+    fence: Callable[[], None] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Log a row; where that cannot be, training goes on and the row is kept."""
+    try:
+        if fence:
+            fence()
+        run_log.write(row)
+    except OSError as error:
+        say(f"step {row['step']}: the log cannot be written ({told(error)}); its rows wait.")
 
 
 def _publish(fence: Callable[[], None], run_log: RunLog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -115,12 +117,11 @@ class Meter:
 class RunLog:
     """metrics.jsonl and TensorBoard events of a run; rows past the step it resumes from go.
 
-    Where the run's folder is remote they are written here and published with each checkpoint.
+    Where the run's folder is remote they are written here and published with each checkpoint. A
+    disk that is full stops nothing: rows wait until they can be written.
     """
 
-    def __init__(self, run_dir: Place, *, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, run_dir: Place, *, step: int, patience_s: float | None = None) -> None:
         self._run_dir = run_dir
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         folder = run_dir
@@ -128,19 +129,55 @@ class RunLog:
             self._scratch = tempfile.TemporaryDirectory(prefix="mlvicx-log-")
             folder = Path(self._scratch.name)
             with suppress(FileNotFoundError):
-                (folder / ROWS).write_bytes(read_bytes(run_dir / ROWS))
+                (folder / ROWS).write_bytes(read_bytes(run_dir / ROWS, patience_s=patience_s))
         self._folder = Path(folder)
-        _cut(self._folder / ROWS, step)
-        self._file = (self._folder / ROWS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        self._rows: list[str] = []
+        self._begin: int | None = step
+        self._board: Any = None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a row; its key `step` is the number of steps done."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Add a row; its key `step` is the number of steps done.
+
+        Raises:
+            OSError: it could not be written; the next call tries again.
+        """
+        self._rows.append(json.dumps(row) + "\n")
+        path = self._folder / ROWS
+        if self._begin is not None:
+            _cut(path, self._begin)
+        with path.open("ab", buffering=0) as file:
+            there = file.seek(0, os.SEEK_END)
+            data = "".join(self._rows).encode()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(there)
+                raise
+        self._rows.clear()
+        self._show(row)
+        self._begin = None
+
+    def _show(self, row: Mapping[str, float]) -> None:
+        """The row as TensorBoard events."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        step, now = int(row["step"]), time.time()
+        if self._board is None:
+            (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+            self._board = EventsWriter(str(self._folder / "tensorboard" / "events"))
+            if self._begin is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._board.write_event(
+                    Event(wall_time=now, step=self._begin + 1, session_log=start)
+                )
         for name, value in row.items():
             if name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
+                summary = scalar(name, value)
+                self._board.write_event(Event(wall_time=now, step=step, summary=summary))
+        self._board.flush()
 
     def publish(self) -> None:
         """Let everything written so far stand in the run's folder.
@@ -148,7 +185,6 @@ class RunLog:
         Raises:
             OSError: the store cannot be written.
         """
-        self._board.flush()
         if self._scratch is None:
             return
         for path in sorted(self._folder.rglob("*")):
@@ -164,8 +200,9 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        with suppress(OSError):
+            if self._board is not None:
+                self._board.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -185,7 +222,7 @@ class SampleLog:
         self._file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Place) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():

@@ -61,14 +61,16 @@ class Saver:
         self._writing: Future[Place] | None = None
         self._copy: Any = None
         self._next_s = time.monotonic() + config.checkpoint.every_s
-        self._count = 0
+        self._count, self._owed, self._saved = 0, False, -1
+        self._patience_s = min(LAST_PATIENCE_S, config.workers.collective_timeout_s / 2)
 
     def due(self, done: int) -> bool:
         """Whether the state after `done` steps is to be saved."""
-        every = self.config.checkpoint
-        if every.every_steps and done % every.every_steps == 0:
-            return True
-        return self._writing is None and time.monotonic() >= self._next_s
+        every = self.config.checkpoint.every_steps
+        if every and done % every == 0:
+            self._owed = True
+        # While one is being written nobody waits for it: the next step will do.
+        return self._writing is None and (self._owed or time.monotonic() >= self._next_s)
 
     def save(self, done: int, *, final: bool = False) -> None:
         """Copy the state after `done` steps and have it written; waits for the write before it."""
@@ -84,6 +86,7 @@ class Saver:
         export = final or bool(every.export_every and (self._count + 1) % every.export_every == 0)
         self._writing = self._thread.submit(self._write, done, arrived, export)
         self._next_s = time.monotonic() + every.every_s
+        self._owed, self._saved = False, done
         self._count += 1
 
     def look(self, *, wait: bool = False) -> None:
@@ -105,13 +108,16 @@ class Saver:
     def finish(self, done: int, *, final: bool) -> None:
         """Save the state after `done` steps and wait until it is there.
 
+        The other ranks wait meanwhile, so that the patience is half of theirs at most.
+
         Raises:
             CheckpointError: it could not be written for `LAST_PATIENCE_S`.
             TrainingError: the weights are not finite.
         """
-        until_s, pause_s = time.monotonic() + LAST_PATIENCE_S, 1.0
+        until_s, pause_s = time.monotonic() + self._patience_s, 1.0
         while True:
-            self.save(done, final=final)
+            if self._saved != done or final or self._writing is None:
+                self.save(done, final=final)
             assert self._writing is not None
             writing, self._writing = self._writing, None
             try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlvicx_dist.config import PretrainConfig, parse_config
 from mlvicx_dist.errors import DataError, ResourceError
-from mlvicx_dist.storage import Place, place, reaching, write_whole
+from mlvicx_dist.storage import PATIENCE_S, Place, insist, is_local, place, reaching, write_whole
 
 TOKEN = ".driver-{}"
 """A file that the driver puts into the run's folder, in place of that of a driver before it.
@@ -61,7 +61,8 @@ def check_shared(run_dir: Place, token: str) -> None:
         DataError: it is another one, or cannot be reached.
     """
     try:
-        seen = _sees(run_dir, token)
+        patience_s = 0 if is_local(run_dir) else PATIENCE_S
+        seen = insist(run_dir, lambda: _sees(run_dir, token), patience_s)
     except OSError as error:
         raise DataError(
             f"{run_dir}: a worker's node cannot reach the run's folder ({error.strerror or error});"

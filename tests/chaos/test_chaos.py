@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from chaos.run import BATCH, EVERY, Attacked
@@ -180,6 +181,32 @@ def test_a_cluster_whose_nodes_come_and_go(attacked, laptop, s3_server, steps_pe
     assert code == 128 + signal.SIGTERM
     found, _ = trajectory(run.samples)
     assert max(found) == document["steps"]
+    check_epochs(found, steps_per_epoch, BATCH)
+
+
+@short
+def test_a_job_that_is_stopped_saves_first(attacked, laptop, steps_per_epoch):
+    laptop.up(nodes=2, cpus=1)
+    run = attacked(env=laptop.env)
+    ray = Path(sys.executable).with_name("ray")
+    job = ["--submission-id", "attacked", "--no-wait", "--", sys.executable, "-m", "mlvicx_dist"]
+    subprocess.run(
+        [ray, "job", "submit", *job, "pretrain", str(run.config)],
+        env=run.env,
+        check=True,
+        capture_output=True,
+    )
+    deadline = time.monotonic() + 120
+    while run.step() < 5 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    stopped = subprocess.run(
+        [ray, "job", "stop", "attacked"], env=run.env, check=True, capture_output=True, text=True
+    )
+    assert "was stopped" in stopped.stdout
+    saved = int(run.newest().stem.removeprefix("step-"))
+    assert saved == run.step() >= 5
+    found, times = trajectory(run.samples)
+    assert set(times.values()) == {1}
     check_epochs(found, steps_per_epoch, BATCH)
 
 

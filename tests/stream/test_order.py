@@ -1,5 +1,7 @@
 """The order of samples: a pure function with exact properties (DESIGN 3.1)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,39 @@ def test_each_sample_at_most_once_and_the_exact_count(shard_sizes, batch, seed, 
     assert len(np.unique(lanes)) == lanes.size
     assert lanes.min() >= 0
     assert lanes.max() < n
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sizes,
+    st.integers(1, 20),
+    st.integers(0, 1000),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 24)), min_size=1, max_size=6),
+)
+def test_groups_of_any_size_that_take_over_at_any_step_read_an_epoch_once(
+    shard_sizes, batch, seed, groups
+):
+    # Each group is (its size, how many steps it does until the next one takes over).
+    n = sum(shard_sizes)
+    if batch > n:
+        return
+    steps = n // batch
+    read = {0: [], 1: []}
+    step, turn = 0, 0
+    while step < 2 * steps:
+        world_size, share = groups[turn % len(groups)]
+        turn += 1
+        for at in range(step, min(step + share, 2 * steps)):
+            epoch, column = divmod(at, steps)
+            for rank in range(world_size):
+                lanes = rank_lanes(batch, rank, world_size)
+                mine = epoch_lanes(
+                    shard_sizes, batch, seed, epoch, lanes=lanes, folder=Path("unused")
+                )
+                read[epoch] += mine[:, column].tolist()
+        step += share
+    for samples in read.values():
+        assert len(samples) == len(set(samples)) == batch * steps
 
 
 @settings(deadline=None, max_examples=100)

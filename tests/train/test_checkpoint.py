@@ -1,11 +1,13 @@
 """Checkpoints: whole or not at all, and the one before when the newest is damaged."""
 
+import errno
 import logging
 
 import pytest
 import torch
 
 from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.train import checkpoint
 from mlvicx_dist.train.checkpoint import (
     check_digest,
     find_weights,
@@ -88,3 +90,30 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path):
     torch.save(newer, tmp_path / "z.pt")
     with pytest.raises(CheckpointError, match="newer mlvicx_dist"):
         read_checkpoint(tmp_path / "z.pt")
+
+
+def test_where_none_is_whole_the_run_does_not_begin_anew_unasked(run):
+    for path in (run / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is whole"):
+        newest_checkpoint(run)
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(run, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "digest", fail)
+    with pytest.raises(
+        CheckpointError, match=r"00000040.pt: .* cannot be read \(Input/output error"
+    ):
+        newest_checkpoint(run)
+
+
+def test_a_run_that_went_on_from_before_drops_what_came_after(run):
+    (run / "checkpoints" / "step-00000040.pt").write_bytes(b"")
+    save_checkpoint(run, state(35), keep=1)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000035.json",
+        "step-00000035.pt",
+    ]

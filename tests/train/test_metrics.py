@@ -1,0 +1,61 @@
+"""The log of a run: cut where it goes on, published with checkpoints, patient with a full disk."""
+
+import os
+import subprocess
+
+import pytest
+
+from mlvicx_dist.storage import place
+from mlvicx_dist.train.metrics import RunLog, read_rows
+
+
+def steps(folder):
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def test_rows_past_the_step_it_goes_on_from_are_cut(tmp_path):
+    with RunLog(tmp_path, step=0) as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": 1.0})
+    with RunLog(tmp_path, step=2) as log:
+        log.write({"step": 3, "loss": 2.0})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["loss"] == 2.0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_remote_run_has_its_log_when_it_is_published(s3):
+    run = place(f"{s3}/run")
+    with RunLog(run, step=0) as log:
+        log.write({"step": 1, "loss": 1.0})
+        log.publish()
+    with RunLog(run, step=1) as log:
+        log.write({"step": 2, "loss": 1.0})
+        assert steps(run) == [1]
+        log.publish()
+    assert steps(run) == [1, 2]
+    assert any((run / "tensorboard").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_rows_wait_for_a_disk_that_is_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    try:
+        with RunLog(disk, step=0) as log:
+            log.write({"step": 1, "loss": 1.0})
+            (disk / "filler").write_bytes(b"")
+            with pytest.raises(OSError, match="No space"), (disk / "filler").open("ab", 0) as file:
+                while True:
+                    if not file.write(b"x" * 4096):
+                        raise OSError("No space")
+            with pytest.raises(OSError, match="No space"):
+                for step in range(2, 500):
+                    log.write({"step": step, "loss": 1.0})
+            (disk / "filler").unlink()
+            log.write({"step": 1000, "loss": 1.0})
+            found = steps(disk)
+        assert found == [*range(1, len(found)), 1000]
+    finally:
+        subprocess.run(["umount", disk], check=True)
