@@ -7,6 +7,7 @@ workers to save and end after their step, a second Ctrl-C ends at once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -31,6 +32,8 @@ PREEMPTION_POLL_S = 2
 HEALTH_CHECK_S = 1
 GOODBYE_S = 5
 ELASTIC_START_S = 12.0
+IDLE_S = 5.0
+"""After a signal: how long to wait for word of a group that may just have begun."""
 LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
 
@@ -80,15 +83,15 @@ def drive(
             with progress("training", total, "steps") as bar, _signals() as asked:
                 shown = _Shown(bar)
                 growth = _Growth(config)
-                told = False
+                told, until_s = False, math.inf
                 with watching(channel, shown):
                     fit.start()
-                    while fit.is_alive() and (shown.world_size or not asked):
+                    while fit.is_alive() and (shown.world_size or time.monotonic() < until_s):
                         fit.join(POLL_S)
                         if asked and not told:
                             bar.say("stopping after a checkpoint; Ctrl-C again stops at once")
                             held.tell.remote(int(Notice.STOP))
-                            told = True
+                            told, until_s = True, time.monotonic() + IDLE_S
                         elif not told and growth.wanted(shown.world_size):
                             held.tell.remote(int(Notice.REGROUP))
                         shown.check_silence(config.workers.wait_s)

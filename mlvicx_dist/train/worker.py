@@ -92,7 +92,9 @@ def check_owner(run_dir: Place, token: str) -> None:
 def take_over(run_dir: Place, token: str) -> None:
     """Let the run belong to the driver of this token, and to no other."""
     with reaching(run_dir):
-        others = [path for path in run_dir.iterdir() if fnmatch(path.name, TOKEN.format("*"))]
+        # A store has no folder before there is something in it.
+        there = run_dir.iterdir() if run_dir.is_dir() else ()
+        others = [path for path in there if fnmatch(path.name, TOKEN.format("*"))]
     write_whole(run_dir / TOKEN.format(token), b"")
     with reaching(run_dir):
         for path in others:

@@ -17,6 +17,7 @@ from mlvicx_dist.config import load_config
 from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.session import ray_session
+from mlvicx_dist.storage import place
 from mlvicx_dist.train.checkpoint import load_encoder, newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.metrics import read_rows
 from mlvicx_dist.train.worker import TOKEN, check_owner, check_shared, take_over
@@ -170,13 +171,15 @@ def test_a_folder_that_a_node_does_not_share_is_one_sentence(tmp_path):
         check_shared(tmp_path, "another")
 
 
-def test_workers_that_outlive_their_driver_write_no_more(tmp_path):
-    take_over(tmp_path, "first")
-    check_owner(tmp_path, "first")
-    take_over(tmp_path, "second")
-    check_owner(tmp_path, "second")
+@pytest.mark.parametrize("remote", [False, True])
+def test_workers_that_outlive_their_driver_write_no_more(tmp_path, s3, remote):
+    run_dir = place(f"{s3}/runs/new") if remote else tmp_path
+    take_over(run_dir, "first")
+    check_owner(run_dir, "first")
+    take_over(run_dir, "second")
+    check_owner(run_dir, "second")
     with pytest.raises(ResourceError, match="another process has taken this run"):
-        check_owner(tmp_path, "first")
+        check_owner(run_dir, "first")
 
 
 @pytest.mark.parametrize(
