@@ -73,7 +73,8 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     import yaml
 
     from mlvicx_dist.config import PretrainConfig, to_tree
-    from mlvicx_dist.train.loop import Place, train
+    from mlvicx_dist.train.loop import Member, train
+    from mlvicx_dist.train.notices import NoNotices
 
     tree = {
         "kind": "pretrain",
@@ -94,7 +95,8 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
     reported = []
-    train(config, run_dir, Place(0, 1, torch.device("cpu")), report=reported.append)
+    alone = Member(0, 1, torch.device("cpu"))
+    train(config, run_dir, alone, report=reported.append, notices=NoNotices())
     assert {"level1/variance_weighted", "level3/std", "encoder/rankme"} <= reported[-1].keys()
 
     assert main(["report", str(run_dir)]) == 0
