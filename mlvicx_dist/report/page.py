@@ -17,7 +17,7 @@ from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contact_sheet
 from mlvicx_dist.storage import Place, place, read_bytes, write_whole
-from mlvicx_dist.train.metrics import read_rows
+from mlvicx_dist.train.runlog import read_rows
 
 CONTACT_IMAGES = 6
 

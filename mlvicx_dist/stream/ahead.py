@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import TracebackType
 
 import numpy as np
 
@@ -90,12 +89,7 @@ class Ahead:
             self.thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # It ends after the request that it is in; nobody waits for that.
         self._over.set()
 

@@ -1,13 +1,12 @@
 """The training loop of one worker, top to bottom: views, embeddings, loss, step, log, checkpoint.
 
-It knows its rank and its device, not Ray: `launch` gives it its place. All state is the model, the
+It knows its rank and its device, not Ray: `worker` tells it both. All state is the model, the
 optimizer and the step; the data and the schedule are functions of the step (DESIGN 3.1, 5).
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,9 +43,10 @@ from mlvicx_dist.train.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from mlvicx_dist.train.metrics import Meter, RunLog, SampleLog
+from mlvicx_dist.train.metrics import Clock, Meter
 from mlvicx_dist.train.notices import Agreement, Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
+from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
 
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def train(
     start = done = _resume(run_dir, model, optimizer, config, member, said.append)
     wrapped = _wrap(TwoViews(model), config, member)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
-    clock = _Clock()
+    clock = Clock()
     report({"step": start, "steps": total, "world_size": member.world_size, "said": take(said)})
     heard = Notice.NONE
     with ExitStack() as stack:
@@ -258,41 +258,6 @@ def named_terms(
             named[f"{head}/{term}_weighted"] = getattr(weights, term) * value
         named[f"{head}/std"] = spreads[head]
     return named
-
-
-class _Clock:
-    """Where the time of a step goes."""
-
-    def __init__(self) -> None:
-        self._start_s = time.monotonic()
-        self._row_s, self._wait_s, self._row_step = self._start_s, 0.0, -1
-
-    def waiting(self, stream: Any) -> Any:
-        """The stream's batches, with the time spent waiting for them counted."""
-        iterator = iter(stream)
-        while True:
-            begin = time.monotonic()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            if self._row_step < 0:
-                # The first batch starts the loader's processes: no step waits for that again.
-                self._row_s, self._row_step = time.monotonic(), batch.step
-            else:
-                self._wait_s += time.monotonic() - begin
-            yield batch
-
-    def row(self, done: int, batch_size: int) -> Row:
-        """Images a second and the share of the time that waited for data, since the last row."""
-        now = time.monotonic()
-        elapsed = max(now - self._row_s, 1e-9)
-        row = {
-            "images_per_s": (done - self._row_step) * batch_size / elapsed,
-            "data_wait": self._wait_s / elapsed,
-            "time_s": now - self._start_s,
-        }
-        self._row_s, self._wait_s, self._row_step = now, 0.0, done
-        return row
 
 
 def _seed_everything(config: PretrainConfig) -> None:

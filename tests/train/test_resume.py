@@ -8,8 +8,8 @@ from samples import check_epochs, trajectory
 from train.group import At, run_group, settings
 
 from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint
-from mlvicx_dist.train.metrics import read_rows
 from mlvicx_dist.train.notices import Notice
+from mlvicx_dist.train.runlog import read_rows
 
 STEPS = 12
 

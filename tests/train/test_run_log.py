@@ -1,12 +1,13 @@
 """The log of a run: cut where it goes on, published with checkpoints, patient with a full disk."""
 
+import errno
 import os
 import subprocess
 
 import pytest
 
 from mlvicx_dist.storage import place
-from mlvicx_dist.train.metrics import RunLog, read_rows
+from mlvicx_dist.train.runlog import RunLog, read_rows
 
 
 def steps(folder):
@@ -59,3 +60,18 @@ def test_rows_wait_for_a_disk_that_is_full(tmp_path):
         assert found == [*range(1, len(found)), 1000]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_events_that_cannot_be_written_cost_no_row(tmp_path, monkeypatch):
+    with RunLog(tmp_path, step=0) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "_show", fail)
+            for step in (1, 2):
+                with pytest.raises(OSError, match="No space"):
+                    log.write({"step": step, "loss": 1.0})
+        log.write({"step": 3, "loss": 1.0})
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def fail(row):
+    raise OSError(errno.ENOSPC, "No space left on device")
