@@ -41,7 +41,7 @@ def ray_session(
             takes 4 s longer to end.
 
     Raises:
-        ResourceError: there is less, and an autoscaler would not add it.
+        ResourceError: there is less, and an autoscaler would not add it; or no cluster answers.
     """
     import ray
 
@@ -50,7 +50,7 @@ def ray_session(
     try:
         if on_cluster():
             if not given:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                _connect()
             _check(needed, _whole_cluster(), "the cluster", asked, remedy)
         else:
             _check(needed, this_machine(), "this machine", asked, remedy)
@@ -74,6 +74,19 @@ def ray_session(
     finally:
         if not given:
             ray.shutdown()
+
+
+def _connect() -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ResourceError(
+            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster can be used there "
+            f"({first}); correct the address, or unset it to run on this machine."
+        ) from None
 
 
 def this_machine() -> dict[str, float]:

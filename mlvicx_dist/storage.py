@@ -250,7 +250,7 @@ def files_below(folder: Place) -> list[str]:
             return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: the folder cannot be read ({error.strerror or error}); "
+            f"{error.filename or folder}: the folder cannot be read ({told(error)}); "
             "mend its rights or your access to it."
         ) from None
 

@@ -67,6 +67,20 @@ def phantom_shards(phantom_records, salt, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A disk of its own, as its parameter says: `size=8m`, or `nr_inodes=6` for few files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", request.param, "tmpfs"]
+    done = subprocess.run(["mount", *options, disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("no disk can be mounted here; root can")
+    yield disk
+    # Whoever still has a file open there keeps it.
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
 class S3:
     """An S3 server on loopback with one empty bucket, which can be lost and regained."""
 

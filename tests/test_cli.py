@@ -1,6 +1,7 @@
 """The command line: quick help, one way in, exit codes, JSON alone on stdout."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -75,6 +76,17 @@ def test_inspect_draws_a_sheet(phantom_shards, tmp_path, capsys):
     assert sheet.width > 900
     assert sheet.height > 300
     assert "4 images" in capsys.readouterr().out
+
+
+def test_an_address_where_no_cluster_is_gets_one_sentence():
+    environment = {**os.environ, "RAY_ADDRESS": "nonsense"}
+    code = "from mlvicx_dist.session import ray_session\n" + (
+        "with ray_session({'CPU': 1}, asked='a', remedy='b'): pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert "ResourceError: RAY_ADDRESS=nonsense: no Ray cluster can be used there" in done.stderr
 
 
 def test_stdout_is_for_the_answer_alone(monkeypatch, capsys):

@@ -35,7 +35,7 @@ from mlvicx_dist.ingest.shards import (
 from mlvicx_dist.ingest.splits import assign
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import Place, is_local, place, reaching, write_whole
+from mlvicx_dist.storage import Place, is_local, place, reaching, told, write_whole
 
 NOTES = ".packing"
 MOST_SAMPLES, FEWEST_SAMPLES, SHARDS = 2048, 64, 16
@@ -113,7 +113,7 @@ def pack(
             _remove(notes)
     except OSError as error:
         raise DataError(
-            f"{out}: packing stopped ({error.strerror or error}); make room or mend the folder's "
+            f"{out}: packing stopped ({told(error)}); make room or mend the folder's "
             "rights and run the same command again: finished shards are kept."
         ) from None
     return PackReport(read_manifest(folder), refused, len(todo), len(tasks) - len(todo))

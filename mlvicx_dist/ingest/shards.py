@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import Place, becoming, place, reaching, read_bytes, write_whole
+from mlvicx_dist.storage import Place, becoming, place, reaching, read_bytes, told, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -83,7 +83,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             is_packed, is_folder = path.exists(), there.is_dir()
     except OSError as error:
         raise DataError(
-            f"{folder}: it cannot be reached ({error.strerror or error}); check the address and "
+            f"{folder}: it cannot be reached ({told(error)}); check the address and "
             "your access to it."
         ) from None
     if not is_packed:

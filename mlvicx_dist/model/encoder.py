@@ -18,7 +18,7 @@ from mlvicx_dist.config import Model
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.levels import GatedBackbone
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.storage import Place, is_local, write_whole
+from mlvicx_dist.storage import Place, is_local, told, write_whole
 
 EXPORT_FILES = ("README.md", "encoder.safetensors", "config.json")
 """An export folder; `config.json` is written last."""
@@ -135,7 +135,7 @@ def save_export(encoder: Encoder, folder: Place, evidence: dict[str, Any]) -> No
                     write_whole(folder / name, (local / name).read_bytes())
             except OSError as error:
                 raise CheckpointError(
-                    f"{folder}: the export cannot be written ({error.strerror or error}); check "
+                    f"{folder}: the export cannot be written ({told(error)}); check "
                     "your access to the store."
                 ) from None
         return

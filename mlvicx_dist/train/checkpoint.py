@@ -274,7 +274,7 @@ def find_weights(path: str | Place) -> Place:
             exists = path.exists()
     except OSError as error:
         raise CheckpointError(
-            f"{path}: it cannot be reached ({error.strerror or error}); check the address and your "
+            f"{path}: it cannot be reached ({told(error)}); check the address and your "
             "access to it."
         ) from None
     if not exists:
@@ -304,7 +304,7 @@ def load_encoder(path: str | Place) -> Encoder:
     """
     weights = find_weights(path)
     if weights.is_dir():
-        return load_export(_local_folder(weights)).eval()
+        return load_export(local_folder(weights)).eval()
     state = read_checkpoint(local_copy(weights))
     config = settings_of(state, weights)
     model = build_model(config.model.model_copy(update={"init": "random"}), config.train.seed)
@@ -317,14 +317,23 @@ def training_seed(path: Place) -> int:
     return 0 if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).train.seed
 
 
-def _local_folder(folder: Place) -> Path:
-    """An export folder as a local one."""
+def local_folder(folder: Place) -> Path:
+    """An export folder as a local one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if is_local(folder):
         return Path(folder)
     copy = COPIES / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in EXPORT_FILES:
-        write_whole(copy / name, read_bytes(folder / name))
+    try:
+        for name in EXPORT_FILES:
+            write_whole(copy / name, read_bytes(folder / name))
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: it is no whole export ({told(error)}); write it again with 'mlvicx export'."
+        ) from None
     return copy
 
 

@@ -25,7 +25,8 @@ from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
 from mlvicx_dist.session import on_cluster, ray_session, room_for
 from mlvicx_dist.storage import Place, reaching
-from mlvicx_dist.train.worker import TOKEN, train_worker
+from mlvicx_dist.train.owner import TOKEN
+from mlvicx_dist.train.worker import train_worker
 
 POLL_S = 0.2
 PREEMPTION_POLL_S = 2

@@ -8,7 +8,7 @@ from typing import Any
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.storage import Place, read_bytes, write_whole
-from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy
+from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy, local_folder
 
 FILE = "fingerprint.json"
 NOT_MATHEMATICS = {
@@ -35,7 +35,8 @@ def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
     ]
     if config.train.init_from:
         weights = find_weights(config.train.init_from)
-        file = weights / "encoder.safetensors" if weights.is_dir() else local_copy(weights)
+        folder = weights.is_dir()
+        file = local_folder(weights) / "encoder.safetensors" if folder else local_copy(weights)
         tree["train"]["init_from"] = digest(file)
     return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
 

@@ -11,8 +11,8 @@ import ray
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.train.notices import Notice
+from mlvicx_dist.train.owner import taken
 
 NAMESPACE = "mlvicx"
 LOOK_EVERY_S = 3.0
@@ -56,17 +56,14 @@ def guard(run_dir: str) -> Any:
     try:
         return ray.remote(_Guard).options(**options).remote()
     except ValueError:
-        raise ResourceError(
-            f"{run_dir}: another process is training this run; wait for it or stop it, "
-            "or give this one another run.name."
-        ) from None
+        raise taken(run_dir) from None
 
 
 class FromRay:
     """Notices of a Ray Train worker: the driver's word, and Ray's of nodes that are taken away."""
 
     def __init__(self, held: Any, *, rank: int) -> None:
-        self._guard, self._rank = held, rank
+        self._guard = held
         self._answer = held.told.remote() if rank == 0 else None
         self._looked_s = time.monotonic()
 

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.session import on_cluster
-from mlvicx_dist.storage import Place, insist, is_local, make_folder, place, read_bytes, write_whole
+from mlvicx_dist.storage import (
+    Place,
+    insist,
+    is_local,
+    make_folder,
+    place,
+    read_bytes,
+    told,
+    write_whole,
+)
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import drive
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
+from mlvicx_dist.train.owner import only_driver, take_over
 from mlvicx_dist.train.versions import library_versions, machine
-from mlvicx_dist.train.worker import take_over
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,10 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
     if not on_cluster():
         least = config.workers.min or config.workers.num
         check_memory(config, least, node_workers=least, where="this machine")
-    with _writing(run_dir):
-        make_folder(run_dir)
-    with _only_driver(run_dir):
+    with ExitStack() as stack:
+        with _writing(run_dir):
+            make_folder(run_dir)
+            stack.enter_context(only_driver(run_dir))
         with _writing(run_dir):
             wanted = fingerprint(config, shards.digests())
             changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
@@ -150,42 +159,17 @@ def _writing(run_dir: Place) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{run_dir}: the run's folder cannot be written ({error.strerror or error}); "
+            f"{run_dir}: the run's folder cannot be written ({told(error)}); "
             "set run.storage_path to a folder or store that can."
         ) from None
 
 
-@contextmanager
-def _only_driver(run_dir: Place) -> Iterator[None]:
-    """One driver a run: a lock that the system releases when its owner dies.
-
-    It reaches as far as the file system does; drivers of one cluster are kept apart by the guard.
-    """
-    if not is_local(run_dir):
-        yield
-        return
-    with _writing(run_dir):
-        (run_dir / ".lock").touch()
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ResourceError(
-            f"{run_dir}: another process is training this run; wait for it or stop it, "
-            "or give this one another run.name."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _state(run_dir: Place) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads(read_bytes(run_dir / "state.json"))
-    except FileNotFoundError:
+        state = json.loads(read_bytes(run_dir / "state.json"))
+    except (FileNotFoundError, ValueError):
         return {}
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def _write(path: Place, text: str) -> None:

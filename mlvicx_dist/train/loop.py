@@ -119,7 +119,7 @@ def train(
 
     Raises:
         UserError: a shard cannot be read, or the loss is not finite.
-        Regroup: a group of another size is to go on; the checkpoint is there.
+        Regroup: a group of another size is to go on.
     """
     _seed_everything(config)
     said: list[str] = []
@@ -143,7 +143,7 @@ def train(
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock()
     report({"step": start, "steps": total, "world_size": member.world_size, "said": take(said)})
-    heard = Notice.NONE
+    heard, saved = Notice.NONE, True
     with ExitStack() as stack:
         log_samples = _sample_log(config, member)
         run_log = saver = None
@@ -203,9 +203,10 @@ def train(
                 # A group that is to leave does so: the next one goes on from the checkpoint before.
                 if heard is not Notice.REGROUP:
                     raise
+                saved = False
         agreement.together()
     if heard is Notice.REGROUP and done < total:
-        raise Regroup(done)
+        raise Regroup(done, saved)
     return done
 
 

@@ -27,14 +27,15 @@ class Notice(IntEnum):
 
 
 class Regroup(Exception):  # noqa: N818  (no error: the way in which a whole group leaves)
-    """Every worker leaves after a checkpoint; the next group goes on at its step."""
+    """Every worker leaves, after a checkpoint if that could be; the next group goes on from it."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
+    def __init__(self, step: int, saved: bool) -> None:
+        super().__init__(step, saved)
+        self.step, self.saved = step, saved
 
     def __str__(self) -> str:
-        return f"the workers left after the checkpoint of step {self.step}"
+        how = "saved and start" if self.saved else "could not save, and start"
+        return f"a node leaves or comes: at step {self.step} the workers {how} anew"
 
 
 class Notices(Protocol):

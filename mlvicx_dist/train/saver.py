@@ -17,7 +17,7 @@ from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import CheckpointError, TrainingError
 from mlvicx_dist.model.encoder import Encoder, save_export
 from mlvicx_dist.model.mlvicx import MLVICX
-from mlvicx_dist.storage import Place
+from mlvicx_dist.storage import Place, told
 from mlvicx_dist.train.checkpoint import clear_partial, save_checkpoint
 from mlvicx_dist.train.versions import library_versions
 
@@ -110,7 +110,7 @@ class Saver:
         The other ranks wait meanwhile, so that the patience is half of theirs at most.
 
         Raises:
-            CheckpointError: it could not be written for `LAST_PATIENCE_S`.
+            CheckpointError: it could not be written for that long.
             TrainingError: the weights are not finite.
         """
         until_s, pause_s = time.monotonic() + self._patience_s, 1.0
@@ -143,7 +143,7 @@ class Saver:
             self.before()
         except OSError as error:
             raise CheckpointError(
-                f"{self.run_dir}: the run's log cannot be written ({error.strerror or error}); "
+                f"{self.run_dir}: the run's log cannot be written ({told(error)}); "
                 "free space or mend the access to it."
             ) from None
         state = {

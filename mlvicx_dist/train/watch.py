@@ -50,8 +50,10 @@ class Forward(UserCallback):
             cause = user_error(error)
             if cause:
                 raise cause
-        if any(inside(error, Regroup) for error in worker_exceptions.values()):
-            self._say("a node leaves or comes: the workers saved and start anew without a loss")
+        left = [inside(error, Regroup) for error in worker_exceptions.values()]
+        regroups = sorted((one for one in left if one), key=lambda one: one.saved)
+        if regroups:
+            self._say(str(regroups[0]))
             return
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         words = str(next(iter(worker_exceptions.values()))).strip().splitlines()

@@ -9,16 +9,12 @@ import time
 from pathlib import Path
 
 from samples import attempts
+from small import SMALL
 
 SETTINGS = """\
 kind: pretrain
 run: {{name: attacked, storage_path: {runs}, samples_path: {folder}/samples}}
 data: {{shards: [{{path: {shards}}}], loader_workers: 1}}
-views: {{image_size_px: 32, blur_kernel_px: 5}}
-model:
-  backbone: test_resnet
-  projector: {{width: 16}}
-  local: {{resize_px: 8, channels: 4, pool: 2}}
 train: {{batch_size: 8, epochs: {epochs}, optimizer: adamw, warmup_epochs: 1, log_every_steps: 5}}
 workers: {{num: 2, start_timeout_s: 15, collective_timeout_s: 20, resize_after_s: 25}}
 checkpoint: {{every_steps: {every}, keep: 2}}
@@ -40,6 +36,7 @@ class Attacked:
             SETTINGS.format(
                 runs=self.runs, folder=self.folder, shards=shards, epochs=epochs, every=every
             )
+            + SMALL
         )
         self.process = None
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -511,28 +510,14 @@ def test_shards_in_use_are_not_removed(store, cache, images):
     assert path.stat().st_mtime > time.time() - 60
 
 
-@pytest.fixture(params=["size=64k", "nr_inodes=6"])
-def small_disk(request, tmp_path):
-    """A disk with room for few blocks, or for few files."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", request.param, "tmpfs"]
-    done = subprocess.run(["mount", *options, disk], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("no disk can be mounted here")
-    yield disk
-    forget()
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["size=64k", "nr_inodes=6"], indirect=True)
 def test_a_full_disk_stops_nothing(store, images, small_disk, caplog):
     shards = opened(store, Cache(small_disk / "cache"))
     assert equal([shards.image(sample) for sample in range(60)], images)
     assert equal([shards.image(sample) for sample in range(60)], images)
     (record,) = caplog.records
     assert os.strerror(errno.ENOSPC) in record.getMessage()
+    forget()
 
 
 def test_a_folder_that_cannot_be_used_is_named(store, tmp_path):

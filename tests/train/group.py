@@ -6,6 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 from processes import free_port, run_processes
+from small import small_tree
 from torch.multiprocessing.spawn import ProcessException
 
 from mlvicx_dist.config import parse_config
@@ -31,12 +32,7 @@ def settings(shards, runs, **changes):
         "kind": "pretrain",
         "run": {"name": "small", "storage_path": str(runs), "samples_path": str(runs / "samples")},
         "data": {"shards": [{"path": str(shards)}], "loader_workers": 0},
-        "views": {"image_size_px": 32, "blur_kernel_px": 5},
-        "model": {
-            "backbone": "test_resnet",
-            "projector": {"width": 16},
-            "local": {"resize_px": 8, "channels": 4, "pool": 2},
-        },
+        **small_tree(),
         "train": {
             "batch_size": 7,
             "epochs": 3,

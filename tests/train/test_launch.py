@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from small import SMALL
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.config import load_config
@@ -19,18 +20,13 @@ from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import place
 from mlvicx_dist.train.checkpoint import load_encoder, newest_checkpoint, read_checkpoint
+from mlvicx_dist.train.owner import TOKEN, check_owner, check_shared, take_over
 from mlvicx_dist.train.runlog import read_rows
-from mlvicx_dist.train.worker import TOKEN, check_owner, check_shared, take_over
 
-SMALL = """\
+RUN = """\
 kind: pretrain
 run: {{name: small, storage_path: {runs}}}
 data: {{shards: [{{path: {shards}}}], loader_workers: 1}}
-views: {{image_size_px: 32, blur_kernel_px: 5}}
-model:
-  backbone: test_resnet
-  projector: {{width: 16}}
-  local: {{resize_px: 8, channels: 4, pool: 2}}
 train: {{batch_size: 6, epochs: 40, optimizer: adamw, warmup_epochs: 1, log_every_steps: 4}}
 workers: {{num: 2, max_failures: 1, start_timeout_s: 60}}
 checkpoint: {{every_steps: 4, keep: 2}}
@@ -40,7 +36,7 @@ checkpoint: {{every_steps: 4, keep: 2}}
 @pytest.fixture
 def config(phantom_shards, tmp_path):
     path = tmp_path / "small.yaml"
-    path.write_text(SMALL.format(runs=tmp_path / "runs", shards=phantom_shards))
+    path.write_text(RUN.format(runs=tmp_path / "runs", shards=phantom_shards) + SMALL)
     return path
 
 
