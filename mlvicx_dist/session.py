@@ -78,14 +78,15 @@ def ray_session(
 
 def _connect() -> None:
     import ray
+    from ray.exceptions import RayError
 
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ResourceError(
             f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster can be used there "
-            f"({first}); correct the address, or unset it to run on this machine."
+            f"({first}); correct the address or the token, or unset it to run on this machine."
         ) from None
 
 

@@ -78,15 +78,32 @@ def test_inspect_draws_a_sheet(phantom_shards, tmp_path, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
-def test_an_address_where_no_cluster_is_gets_one_sentence():
-    environment = {**os.environ, "RAY_ADDRESS": "nonsense"}
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RAY_ADDRESS": "nonsense"},
+        {
+            "RAY_ADDRESS": "127.0.0.1:1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": "/dev/null/token",
+        },
+    ],
+    ids=["no address", "no token"],
+)
+def test_an_address_where_no_cluster_can_be_used_gets_one_sentence(environment):
     code = "from mlvicx_dist.session import ray_session\n" + (
         "with ray_session({'CPU': 1}, asked='a', remedy='b'): pass"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
+        | environment,
+        check=False,
     )
-    assert "ResourceError: RAY_ADDRESS=nonsense: no Ray cluster can be used there" in done.stderr
+    address = environment["RAY_ADDRESS"]
+    assert f"ResourceError: RAY_ADDRESS={address}: no Ray cluster can be used there" in done.stderr
 
 
 def test_stdout_is_for_the_answer_alone(monkeypatch, capsys):

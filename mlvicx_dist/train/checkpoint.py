@@ -218,6 +218,10 @@ def _unreadable(path: Place, error: OSError) -> str:
     )
 
 
+def _unreached(path: Place, error: OSError) -> str:
+    return f"{path}: it cannot be reached ({told(error)}); check the address and your access to it."
+
+
 def _damaged(path: Place) -> str:
     return (
         f"{path}: the checkpoint is damaged (it does not match the SHA-256 beside it); "
@@ -273,10 +277,7 @@ def find_weights(path: str | Place) -> Place:
                 return path
             exists = path.exists()
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: it cannot be reached ({told(error)}); check the address and your "
-            "access to it."
-        ) from None
+        raise CheckpointError(_unreached(path, error)) from None
     if not exists:
         raise CheckpointError(
             f"{path}: there is no such file or folder; give a run, a checkpoint or an export."
@@ -321,18 +322,27 @@ def local_folder(folder: Place) -> Path:
     """An export folder as a local one.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it is not whole, cannot be read, or no copy of it can be written.
     """
     if is_local(folder):
         return Path(folder)
-    copy = COPIES / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    copy.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        for name in EXPORT_FILES:
-            write_whole(copy / name, read_bytes(folder / name))
-    except OSError as error:
+        files = {name: read_bytes(folder / name) for name in EXPORT_FILES}
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder}: it is no whole export ({told(error)}); write it again with 'mlvicx export'."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(_unreached(folder, error)) from None
+    copy = COPIES / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    try:
+        copy.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name, data in files.items():
+            write_whole(copy / name, data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{copy}: no copy of {folder} can be written ({told(error)}); make room there, or set "
+            "TMPDIR to another folder."
         ) from None
     return copy
 

@@ -203,3 +203,17 @@ def test_a_remote_checkpoint_that_is_damaged_is_passed_over(s3_server, tmp_path,
     said = []
     assert newest_checkpoint(bench.run_dir, said.append).name == "step-00000001.pt"
     assert "is damaged" in said[0]
+
+
+def test_a_remote_export_that_cannot_be_had_is_one_sentence(s3, tmp_path, monkeypatch):
+    bench = Bench(place(f"{s3}/run"))
+    bench.saver.finish(1, final=True)
+    folder = f"{s3}/run/exports/step-00000001"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(checkpoint, "COPIES", tmp_path / "file" / "copies")
+    with pytest.raises(CheckpointError, match=r"no copy of s3://.* can be written \(Not a dir"):
+        load_encoder(folder)
+    monkeypatch.setattr(checkpoint, "COPIES", tmp_path / "copies")
+    (place(folder) / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no whole export"):
+        load_encoder(folder)
