@@ -81,6 +81,16 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a run although its settings or data were others",
     )
 
+    add = command(
+        "sweep", _sweep, "try settings, judged by a probe; the same command again resumes"
+    )
+    _add_config(add)
+    add.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a sweep although its settings or data were others",
+    )
+
     add = command("evaluate", _evaluate, "probe a frozen encoder beside the same one untrained")
     add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
     _add_config(add)
@@ -95,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--loader-workers", type=int, default=1, help="loader processes (%(default)s)")
     add.add_argument("--use-gpu", action="store_true", help="run the encoder on the GPU")
 
-    add = command("report", _report, "write a run's report: one self-contained HTML page")
-    add.add_argument("run", help="the run's folder")
+    add = command(
+        "report", _report, "write the report of a run or a sweep: one self-contained HTML page"
+    )
+    add.add_argument("run", help="the folder of the run or sweep")
 
     add = command("export", _export, "write an encoder as safetensors with its model card")
     add.add_argument("checkpoint", help="a run or a checkpoint")
@@ -182,6 +194,16 @@ def _pretrain(options: argparse.Namespace) -> Answer:
     # As shells say it: 128 and the signal.
     code = 128 + outcome.stopped_by if outcome.stopped_by else 0
     return Answer(document, [first, *changed, follow], code)
+
+
+def _sweep(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import SweepConfig, load_as
+    from mlvicx_dist.tune.launch import sweep
+
+    config = load_as(SweepConfig, options.config, options.overrides)
+    outcome = sweep(config, accept_changes=options.accept_changes)
+    code = 128 + outcome.stopped_by if outcome.stopped_by else 0
+    return Answer(outcome.document(), outcome.lines(), code)
 
 
 def _evaluate(options: argparse.Namespace) -> Answer:

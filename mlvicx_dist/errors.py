@@ -32,9 +32,13 @@ class ResourceError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that cannot go on, such as one whose loss is no longer finite."""
+    """A run that cannot go on, such as one whose workers die again and again."""
 
     exit_code = 1
+
+
+class DivergenceError(TrainingError):
+    """A loss or weights that are no longer finite."""
 
 
 class TooManyRefusedError(UserError):

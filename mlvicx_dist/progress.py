@@ -31,7 +31,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Something that must be seen now, whatever the bar shows."""
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def skip(self, count: int) -> None:
         """Count what an earlier run did: done, but not in the rate, which begins with the work."""
@@ -52,7 +52,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= PLAIN_EVERY_S:
             self._last = now
-            print(self.line(note), file=sys.stderr, flush=True)
+            say(self.line(note))
 
 
 class _Bar(Progress):
@@ -96,6 +96,11 @@ def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
         yield bar
     finally:
         bar.stop()
+
+
+def say(line: str) -> None:
+    """A line on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from mlvicx_dist.errors import ResourceError
 T = TypeVar("T")
 R = TypeVar("R")
 
+MOST_NODES = 10_000
+"""Where an autoscaler names no limit."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
 
@@ -28,7 +30,12 @@ def on_cluster() -> bool:
 
 @contextmanager
 def ray_session(
-    needed: Mapping[str, float], *, asked: str, remedy: str, deaf: bool = False
+    needed: Mapping[str, float],
+    *,
+    asked: str,
+    remedy: str,
+    deaf: bool = False,
+    dashboard: bool = False,
 ) -> Iterator[None]:
     """Connect to the cluster, or start a private one on this machine and end it with the block.
 
@@ -39,6 +46,8 @@ def ray_session(
         deaf: Whether a private cluster's processes do not hear SIGTERM, which schedulers send to a
             whole process group: this process can then still bring its work to an end. The cluster
             takes 4 s longer to end.
+        dashboard: Whether a private cluster has one; Ray's cleaners need it where runs of Train
+            are ended from outside.
 
     Raises:
         ResourceError: there is less, and an autoscaler would not add it; or no cluster answers.
@@ -64,7 +73,7 @@ def ray_session(
                     address="local",
                     num_cpus=len(os.sched_getaffinity(0)),
                     object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
+                    include_dashboard=dashboard,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
@@ -116,6 +125,24 @@ def _whole_cluster() -> dict[str, float]:
     from ray._private.state import state
 
     return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
+
+
+def slots(needed: Mapping[str, float]) -> int:
+    """How many workers that need this much fit on all nodes that there are or can be added."""
+    import ray
+    from ray._private.state import state
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()
+    if config and config.node_group_configs:
+        nodes = [
+            dict(group.resources)
+            for group in config.node_group_configs
+            for _ in range(min(group.max_count, MOST_NODES))
+        ]
+    return sum(
+        int(min(there.get(kind, 0) // amount for kind, amount in needed.items())) for there in nodes
+    )
 
 
 def room_for(needed: Mapping[str, float]) -> int:

@@ -13,6 +13,7 @@ FLOORS = [
     ("objective",),
     ("train",),
     ("evaluate",),
+    ("tune",),
     ("report",),
     ("export", "demo"),
     ("cli", "__main__"),

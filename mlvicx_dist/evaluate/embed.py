@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mlvicx_dist.errors import DataError, ResourceError, UserError
 from mlvicx_dist.model.encoder import Encoder
@@ -76,7 +76,6 @@ def squared(image: np.ndarray, size_px: int) -> np.ndarray:
     return square
 
 
-@torch.inference_mode()
 def embed_shards(
     encoders: Sequence[Encoder],
     folders: Sequence[str | Path],
@@ -101,19 +100,42 @@ def embed_shards(
     Raises:
         DataError: a folder has no such split, or an image cannot be read.
     """
+    shards = _open(folders, splits)
+    return embed_samples(
+        encoders,
+        shards,
+        range(len(shards)),
+        size_px=size_px or encoders[0].image_size_px,
+        batch_size=batch_size,
+        loader_workers=loader_workers,
+        use_gpu=use_gpu,
+    )
+
+
+@torch.inference_mode()
+def embed_samples(
+    encoders: Sequence[Encoder],
+    shards: ShardSet,
+    samples: Sequence[int],
+    *,
+    size_px: int,
+    batch_size: int,
+    loader_workers: int,
+    use_gpu: bool,
+) -> Embeddings:
+    """Embed chosen samples of open shards, see `embed_shards`; `samples` are global indices."""
     device = _device(use_gpu)
     encoders = [encoder.to(device).eval() for encoder in encoders]
-    shards = _open(folders, splits)
     classes = tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
     loader: DataLoader[Any] = DataLoader(
-        WholeImages(shards, size_px or encoders[0].image_size_px),
+        Subset(WholeImages(shards, size_px), samples),
         batch_size=batch_size,
         num_workers=loader_workers,
         collate_fn=list,
     )
     features: list[list[np.ndarray]] = [[] for _ in encoders]
     about: list[dict[str, Any]] = []
-    with progress("embedding", len(shards), "images") as bar:
+    with progress("embedding", len(samples), "images") as bar:
         for items in loader:
             for item in items:
                 if isinstance(item, UserError):
@@ -123,10 +145,9 @@ def embed_shards(
                 kept.append(encoder(images).float().cpu().numpy())
             about += [one for _, one in items]
             bar.advance(len(items))
-    labels = [[_label(one, name) for name in classes] for one in about]
     return Embeddings(
         tuple(np.concatenate(kept) for kept in features),
-        np.array(labels, dtype=np.float64).reshape(len(about), len(classes)),
+        labels_of(about, classes),
         classes,
         tuple(about),
     )
@@ -198,6 +219,7 @@ def _device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _label(one: dict[str, Any], name: str) -> float:
-    value = one["labels"].get(name)
-    return float("nan") if value is None else float(value)
+def labels_of(about: Sequence[dict[str, Any]], classes: Sequence[str]) -> np.ndarray:
+    """The labels of images by class, float64 [n, K]: 0, 1 or NaN (unknown)."""
+    rows = [[one["labels"].get(name) for name in classes] for one in about]
+    return np.array(rows, dtype=np.float64).reshape(len(about), len(classes))

@@ -74,7 +74,7 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
         DataError: a split is empty, or no class has both labels where it must.
         ConfigError: a class does not exist.
     """
-    names = _class_names(embeddings, settings)
+    names = class_names(settings.classes, embeddings.classes)
     columns = [embeddings.classes.index(name) for name in names]
     data = settings.data
     rows = {split: embeddings.rows(split) for split in (data.train, data.val, data.test)}
@@ -85,7 +85,7 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
                 "with data.train, data.val or data.test."
             )
     labels = {split: embeddings.labels[chosen][:, columns] for split, chosen in rows.items()}
-    kept, left_out = _usable(names, labels)
+    kept, left_out = usable_classes(names, labels)
     if not kept:
         raise DataError(
             f"no class has both labels in each split of {', '.join(settings.data.shards)} "
@@ -188,17 +188,22 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _class_names(embeddings: Embeddings, settings: EvaluateConfig) -> list[str]:
-    for name in settings.classes or ():
-        if name not in embeddings.classes:
+def class_names(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str]:
+    """The classes that are asked for, or all.
+
+    Raises:
+        ConfigError: the shards do not have one of them.
+    """
+    for name in wanted or ():
+        if name not in there:
             raise ConfigError(
                 f"classes names '{name}', which the shards do not have"
-                f"{nearest(name, embeddings.classes)}; they have {', '.join(embeddings.classes)}."
+                f"{nearest(name, there)}; they have {', '.join(there)}."
             )
-    return list(settings.classes or embeddings.classes)
+    return list(wanted or there)
 
 
-def _usable(
+def usable_classes(
     names: Sequence[str], labels: Mapping[str, np.ndarray]
 ) -> tuple[list[str], dict[str, str]]:
     """The classes with both labels in every split, and why the others are left out."""

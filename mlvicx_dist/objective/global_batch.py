@@ -194,9 +194,14 @@ def _gathered_narrow(
 
 
 def weighted_loss(terms: Mapping[str, Terms], settings: Loss) -> torch.Tensor:
-    """L = VIC(global) + lambda * VIC(local); several local vectors are averaged."""
+    """L = VIC(global) + lambda * VIC(local); of several local vectors the weighted mean."""
     total = _weighted(terms["global"], settings.global_)
-    local = [_weighted(t, settings.local) for name, t in terms.items() if name != "global"]
+    factors = {f"level{level}": weight for level, weight in settings.level_weights.items()}
+    local = [
+        factors.get(name, 1.0) * _weighted(t, settings.local)
+        for name, t in terms.items()
+        if name != "global"
+    ]
     if local:
         total = total + settings.lambda_local * torch.stack(local).mean()
     return total

@@ -265,7 +265,9 @@ def settings_of(state: dict[str, Any], path: Place) -> PretrainConfig:
 
 
 def find_weights(path: str | Place) -> Place:
-    """What a user means by a path: a checkpoint, an export folder, or a run's newest checkpoint.
+    """What a user means by a path: a checkpoint, an export, or the newest of a run.
+
+    Of a run its newest whole checkpoint, or where it has none its newest export.
 
     Raises:
         CheckpointError: there is nothing of the kind.
@@ -282,13 +284,24 @@ def find_weights(path: str | Place) -> Place:
         raise CheckpointError(
             f"{path}: there is no such file or folder; give a run, a checkpoint or an export."
         )
-    newest = newest_checkpoint(path)
+    newest = newest_checkpoint(path) or _newest_export(path)
     if newest is None:
         raise CheckpointError(
             f"{path}: there is no whole checkpoint in it; give a run that has saved one "
             "(checkpoints/step-*.pt) or an export folder."
         )
     return newest
+
+
+def _newest_export(run_dir: Place) -> Place | None:
+    """What a trial of a sweep leaves, whose checkpoints are gone."""
+    folder = run_dir / "exports"
+    try:
+        with reaching(folder):
+            found = [path for path in folder.iterdir() if (path / "config.json").is_file()]
+    except OSError:
+        return None
+    return max(found, key=lambda path: str(path.name), default=None)
 
 
 def load_encoder(path: str | Place) -> Encoder:

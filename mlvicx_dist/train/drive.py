@@ -39,6 +39,11 @@ LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
 
 
+Row = dict[str, Any]
+MakeJudge = Callable[[PretrainConfig, Any], Any]
+"""From the settings and the `loop.Member` to a `loop.Judge`; a function of a module, or partial."""
+
+
 @dataclass(frozen=True)
 class Driven:
     """How far a run came: steps done, the step that it went on from, the signal that stopped it."""
@@ -49,7 +54,13 @@ class Driven:
 
 
 def drive(
-    config: PretrainConfig, run_dir: Place, total: int, *, begin: Callable[[str], None]
+    config: PretrainConfig,
+    run_dir: Place,
+    total: int,
+    *,
+    begin: Callable[[str], None],
+    judge: MakeJudge | None = None,
+    heard: Callable[[Row], None] = lambda row: None,
 ) -> Driven:
     """Train on Ray until the end or a signal, showing progress.
 
@@ -58,6 +69,8 @@ def drive(
         run_dir: The run's folder.
         total: Steps of the whole run.
         begin: Called with the driver's token, as soon as this is the one driver in the cluster.
+        judge: Called in each worker; what it makes judges the encoder at some steps.
+        heard: Called, in another thread, with each row of rank 0.
 
     Raises:
         UserError: what a worker raised, or that workers died again and again.
@@ -78,11 +91,12 @@ def drive(
             "token": token,
             "guard": held,
             "check_memory": elsewhere,
+            "judge": judge,
         }
         fit = _Fit(_trainer(config, plan, channel, scratch))
         try:
             with progress("training", total, "steps") as bar, _signals() as asked:
-                shown = _Shown(bar)
+                shown = _Shown(bar, heard)
                 growth = _Growth(config)
                 told, until_s = False, math.inf
                 with watching(channel, shown):
@@ -165,7 +179,7 @@ def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, scratc
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.num) if workers.min else workers.num,
             use_gpu=workers.use_gpu,
-            resources_per_worker=_each(workers),
+            resources_per_worker=each(workers),
             # Ray would end a group without a checkpoint to make it larger: see `_Growth`.
             elastic_resize_monitor_interval_s=float("inf"),
         ),
@@ -181,7 +195,7 @@ def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, scratc
     )
 
 
-def _each(workers: Workers) -> dict[str, float]:
+def each(workers: Workers) -> dict[str, float]:
     """What one worker takes of a node."""
     return {"CPU": float(workers.cpus_per_worker), **({"GPU": 1.0} if workers.use_gpu else {})}
 
@@ -203,7 +217,7 @@ class _Growth:
         if now - self._looked_s < LOOK_S:
             return False
         self._looked_s = now
-        if not room_for(_each(self._workers)):
+        if not room_for(each(self._workers)):
             self._since_s, self._after_s = now, self._workers.resize_after_s
         if now - self._since_s < self._after_s:
             return False
@@ -242,12 +256,16 @@ class _Shown:
         world_size: Workers of the group that is at work; 0 where there is none.
     """
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar, self._step = bar, 0
+    def __init__(self, bar: Progress, heard: Callable[[Row], None]) -> None:
+        self._bar, self._heard, self._step = bar, heard, 0
         self.started, self.resumed, self.world_size = False, 0, 0
         self._heard_s = time.monotonic()
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: Row) -> None:
+        self._show(row)
+        self._heard(row)
+
+    def _show(self, row: Row) -> None:
         for words in row.get("said", ()):
             self._bar.say(words)
         if "step" not in row:
@@ -305,7 +323,7 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
     }.items():
         os.environ[name] = str(value)
     least = workers.min or workers.num
-    needed = {kind: least * amount for kind, amount in _each(workers).items()}
+    needed = {kind: least * amount for kind, amount in each(workers).items()}
     with ray_session(
         needed,
         asked="workers.num x workers.cpus_per_worker",

@@ -7,7 +7,7 @@ Ray run the workers, and `loop` is what they do.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.errors import ConfigError, DataError, ResourceError
 from mlvicx_dist.session import on_cluster
 from mlvicx_dist.storage import (
     Place,
@@ -28,7 +28,7 @@ from mlvicx_dist.storage import (
     write_whole,
 )
 from mlvicx_dist.stream.order import steps_per_epoch
-from mlvicx_dist.train.drive import drive
+from mlvicx_dist.train.drive import MakeJudge, Row, drive
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
 from mlvicx_dist.train.owner import only_driver, take_over
 from mlvicx_dist.train.versions import library_versions, machine
@@ -55,12 +55,20 @@ class Outcome:
     changes: str = ""
 
 
-def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    accept_changes: bool = False,
+    judge: MakeJudge | None = None,
+    heard: Callable[[Row], None] = lambda row: None,
+) -> Outcome:
     """Run a pretraining to its end; the same call again goes on from the newest checkpoint.
 
     Args:
         config: The settings.
         accept_changes: Go on with a run although its settings or data were others.
+        judge: Called in each worker; what it makes judges the encoder at some steps.
+        heard: Called, in another thread, with each row of rank 0.
 
     Raises:
         UserError: something that the user can mend, said in one sentence.
@@ -68,7 +76,7 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
     from mlvicx_dist.train.loop import open_shards
     from mlvicx_dist.train.memory import check_memory
 
-    config = _absolute(config)
+    config = absolute(config)
     run_dir = place(config.run.storage_path) / config.run.name
     shards = open_shards(config)
     total = config.train.epochs * steps_per_epoch(
@@ -79,15 +87,15 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
             f"workers.num is {config.workers.num}, but a batch of {config.train.batch_size} images "
             "cannot be shared by more workers than that; lower workers.num."
         )
-    _check_model(config)
+    check_model(config)
     if not on_cluster():
         least = config.workers.min or config.workers.num
         check_memory(config, least, node_workers=least, where="this machine")
     with ExitStack() as stack:
-        with _writing(run_dir):
+        with writing(run_dir):
             make_folder(run_dir)
             stack.enter_context(only_driver(run_dir))
-        with _writing(run_dir):
+        with writing(run_dir):
             wanted = fingerprint(config, shards.digests())
             changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
             state = _state(run_dir)
@@ -95,16 +103,16 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
                 return Outcome(run_dir, total, total, already_finished=True)
 
         def begin(token: str) -> None:
-            with _writing(run_dir):
+            with writing(run_dir):
                 insist(run_dir, lambda: take_over(run_dir, token), None)
                 accept_fingerprint(run_dir, wanted)
                 _write(run_dir / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
                 _write(run_dir / "environment.json", json.dumps(_environment(config, len(shards))))
 
-        driven = drive(config, run_dir, total, begin=begin)
+        driven = drive(config, run_dir, total, begin=begin, judge=judge, heard=heard)
         if driven.steps:
             ended = "finished" if driven.steps == total else "stopped"
-            with _writing(run_dir):
+            with writing(run_dir):
                 _write(run_dir / "state.json", json.dumps({"state": ended, "steps": driven.steps}))
     return Outcome(
         run_dir,
@@ -115,7 +123,7 @@ def pretrain(config: PretrainConfig, *, accept_changes: bool = False) -> Outcome
     )
 
 
-def _absolute(config: PretrainConfig) -> PretrainConfig:
+def absolute(config: PretrainConfig) -> PretrainConfig:
     """The settings with absolute paths: workers start in another folder."""
     tree = to_tree(config)
     for where, key in [
@@ -142,25 +150,32 @@ def _environment(config: PretrainConfig, images: int) -> dict[str, Any]:
     }
 
 
-def _check_model(config: PretrainConfig) -> None:
+def check_model(config: PretrainConfig) -> None:
     """Build the model without memory: a backbone or level that does not exist ends here."""
     import torch
 
     from mlvicx_dist.model.mlvicx import build_model
 
     with torch.device("meta"):
-        build_model(config.model.model_copy(update={"init": "random"}), 0)
+        model = build_model(config.model.model_copy(update={"init": "random"}), 0)
+    there = model.encoder.levels
+    off = set(config.loss.level_weights) - set(there)
+    if off:
+        raise ConfigError(
+            f"loss.level_weights names level {min(off)}, but {config.model.backbone} has the "
+            f"levels {', '.join(map(str, there))}; leave it out."
+        )
 
 
 @contextmanager
-def _writing(run_dir: Place) -> Iterator[None]:
-    """What goes wrong with the run's own files is one sentence."""
+def writing(folder: Place, setting: str = "run.storage_path") -> Iterator[None]:
+    """What goes wrong with the own files of a run or sweep is one sentence, naming the setting."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{run_dir}: the run's folder cannot be written ({told(error)}); "
-            "set run.storage_path to a folder or store that can."
+            f"{folder}: the folder cannot be written ({told(error)}); set {setting} to a folder or "
+            "store that can."
         ) from None
 
 

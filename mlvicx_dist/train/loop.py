@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,6 +50,18 @@ from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
 
 Row = dict[str, Any]
+
+
+class Judge(Protocol):
+    """Judges the encoder while it is trained; every rank has one and calls it at the same steps."""
+
+    def due(self, done: int) -> bool:
+        """Whether it looks after `done` steps; it always does after the last one."""
+        ...
+
+    def __call__(self, model: MLVICX) -> Row:
+        """What it finds, for the log row of the step; the model is left as it was."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ def train(
     report: Callable[[Row], None],
     notices: Notices,
     fence: Callable[[], None] = lambda: None,
+    judge: Judge | None = None,
 ) -> int:
     """Train from the newest whole checkpoint of `run_dir`, or from the start, to the last step.
 
@@ -113,6 +126,7 @@ def train(
         report: Called on every rank at the start, with each log row and with each message.
         notices: Who may ask the group to stop or to leave.
         fence: Raises, before something is written, if the run belongs to another driver by now.
+        judge: Adds to the log rows of the steps at which it is due.
 
     Returns:
         The number of steps done; less than all of them where it was asked to stop.
@@ -175,7 +189,8 @@ def train(
             done = batch.step + 1
             meter.add(batch.step, terms, representation)
             log_samples(done, batch.samples)
-            if done % config.train.log_every_steps == 0 or done == total:
+            looked_at = judge is not None and (judge.due(done) or done == total)
+            if done % config.train.log_every_steps == 0 or done == total or looked_at:
                 row = {
                     "step": done,
                     "epoch": done / steps.steps_per_epoch,
@@ -183,6 +198,9 @@ def train(
                     **meter.row(),
                     **clock.row(done, config.train.batch_size),
                 }
+                if judge is not None and looked_at:
+                    with clock.aside():
+                        row |= judge(model)
                 if run_log:
                     _write_row(run_log, row, fence if is_local(run_dir) else None, said.append)
                 newest = str(saver.newest) if saver and saver.newest else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from mlvicx_dist.errors import TrainingError
+from mlvicx_dist.errors import DivergenceError
 
 RANK_ROWS = 1024
 """Encoder outputs, the latest ones, over which the effective rank is taken."""
@@ -74,7 +75,7 @@ class Meter:
         """Look at the last step's values.
 
         Raises:
-            TrainingError: one of them is not finite.
+            DivergenceError: one of them is not finite.
         """
         if self._pending is None:
             return
@@ -82,7 +83,7 @@ class Meter:
         for name, value in pending.read().items():
             if value - value != 0:
                 level, _, term = name.partition("/")
-                raise TrainingError(
+                raise DivergenceError(
                     f"step {pending.step}: the {term or 'sum'} of the {level} "
                     f"{'term' if term else 'value'} is {value}; start again from the last "
                     "checkpoint with a lower train.learning_rate_per_256 or more "
@@ -123,6 +124,13 @@ class Clock:
             else:
                 self._wait_s += time.monotonic() - begin
             yield batch
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is no part of a step; it is not in the rate."""
+        began_s = time.monotonic()
+        yield
+        self._row_s += time.monotonic() - began_s
 
     def row(self, done: int, batch_size: int) -> dict[str, float]:
         """Images a second and the share of the time that waited for data, since the last row."""

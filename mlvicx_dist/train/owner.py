@@ -22,9 +22,13 @@ its driver, and must not write beside the workers of the next one.
 """
 
 
-def taken(run_dir: Place | str) -> ResourceError:
+class TakenError(ResourceError):
+    """Another process has the run."""
+
+
+def taken(run_dir: Place | str) -> TakenError:
     """The sentence for a second driver."""
-    return ResourceError(
+    return TakenError(
         f"{run_dir}: another process is training this run; wait for it or stop it, "
         "or give this one another run.name."
     )

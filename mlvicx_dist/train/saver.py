@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.errors import CheckpointError, TrainingError
+from mlvicx_dist.errors import CheckpointError, DivergenceError
 from mlvicx_dist.model.encoder import Encoder, save_export
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.storage import Place, told
@@ -92,7 +92,7 @@ class Saver:
         """See how the write goes; at every step.
 
         Raises:
-            TrainingError: the weights are not finite.
+            DivergenceError: the weights are not finite.
         """
         if self._writing is None or not (wait or self._writing.done()):
             return
@@ -111,7 +111,7 @@ class Saver:
 
         Raises:
             CheckpointError: it could not be written for that long.
-            TrainingError: the weights are not finite.
+            DivergenceError: the weights are not finite.
         """
         until_s, pause_s = time.monotonic() + self._patience_s, 1.0
         while True:
@@ -135,7 +135,7 @@ class Saver:
             arrived.synchronize()
         weights = self._copy["model"]
         if not all(bool(w.isfinite().all()) for w in weights.values() if w.is_floating_point()):
-            raise TrainingError(
+            raise DivergenceError(
                 f"step {done}: the weights are not finite, so they are not saved; start again from "
                 "the last checkpoint with a lower train.learning_rate_per_256."
             )

@@ -14,7 +14,8 @@ def train_worker(plan: dict[str, Any]) -> int:
     """Train as one worker of a group; the number of steps done.
 
     Args:
-        plan: `settings`, `run_dir`, `token`, `guard` and `check_memory`, as the driver wrote them.
+        plan: `settings`, `run_dir`, `token`, `guard`, `check_memory` and `judge`, as the driver
+            wrote them.
     """
     import ray.train
     import ray.train.torch
@@ -43,4 +44,5 @@ def train_worker(plan: dict[str, Any]) -> int:
         report=ray.train.report,
         notices=notices,
         fence=partial(check_owner, run_dir, plan["token"]),
+        judge=plan["judge"](config, member) if plan["judge"] else None,
     )

@@ -1,0 +1,61 @@
+"""Every setting of the product: typed, with its unit in its name, from YAML plus dotted overrides.
+
+`load_config(path, overrides)` reads a file by its key `kind` and answers with a frozen model;
+whatever is wrong in it becomes one sentence that names the file, the key and the way out.
+"""
+
+from mlvicx_dist.config.base import Settings
+from mlvicx_dist.config.evaluate import Bootstrap, EvaluateConfig, Knn, Probe
+from mlvicx_dist.config.files import (
+    Config,
+    load_as,
+    load_config,
+    parse_config,
+    parse_yaml,
+    set_key,
+    to_tree,
+)
+from mlvicx_dist.config.pretrain import (
+    LocalHead,
+    Loss,
+    Model,
+    PretrainConfig,
+    PretrainData,
+    Projector,
+    Run,
+    Train,
+    VicWeights,
+    Views,
+    Workers,
+)
+from mlvicx_dist.config.sweep import Dimension, Search, SweepConfig, Target
+
+__all__ = [
+    "Bootstrap",
+    "Config",
+    "Dimension",
+    "EvaluateConfig",
+    "Knn",
+    "LocalHead",
+    "Loss",
+    "Model",
+    "PretrainConfig",
+    "PretrainData",
+    "Probe",
+    "Projector",
+    "Run",
+    "Search",
+    "Settings",
+    "SweepConfig",
+    "Target",
+    "Train",
+    "VicWeights",
+    "Views",
+    "Workers",
+    "load_as",
+    "load_config",
+    "parse_config",
+    "parse_yaml",
+    "set_key",
+    "to_tree",
+]

@@ -1,0 +1,64 @@
+"""`kind: evaluate`: a frozen encoder judged by a probe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlvicx_dist.config.base import Count, Name, Positive, Settings
+
+
+class EvaluateData(Settings):
+    """The labelled images: the probe learns on `train`, is tuned on `val`, is judged on `test`."""
+
+    shards: list[str] = Field(min_length=1)
+    train: str = "train"
+    val: str = "val"
+    test: str = "test"
+    loader_workers: Annotated[int, Field(ge=0)] = 1
+
+
+class Embedding(Settings):
+    """How the frozen encoder is run."""
+
+    image_size_px: Annotated[int, Field(ge=16, le=2048)] | None = None
+    """None: the size that the encoder was pretrained at."""
+    batch_size: Count = 64
+    use_gpu: bool = False
+
+
+class Probe(Settings):
+    """Multi-label logistic regression on standardised embeddings."""
+
+    l2: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)
+    """Penalties tried; the one with the best mean AUROC on the validation split is taken."""
+    max_iterations: Count = 200
+
+
+class Knn(Settings):
+    """Cosine nearest neighbours."""
+
+    neighbours: Count = 20
+
+
+class Bootstrap(Settings):
+    """Patient-clustered bootstrap."""
+
+    draws: Annotated[int, Field(ge=100)] = 1000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class EvaluateConfig(Settings):
+    """`kind: evaluate`."""
+
+    kind: Literal["evaluate"]
+    name: Name
+    data: EvaluateData
+    classes: list[str] | None = None
+    """None: every class of the shards."""
+    embedding: Embedding = Embedding()
+    probe: Probe = Probe()
+    knn: Knn = Knn()
+    bootstrap: Bootstrap = Bootstrap()

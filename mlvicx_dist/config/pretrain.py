@@ -1,0 +1,212 @@
+"""`kind: pretrain`: data, views, model, loss, optimisation, workers, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mlvicx_dist.config.base import Count, Fraction, Name, NonNegative, Positive, Settings
+
+
+class ShardFolder(Settings):
+    """A folder of shards and how densely it is sampled, relative to the largest weight."""
+
+    path: str
+    weight: Positive = 1.0
+
+
+class PretrainData(Settings):
+    """Which images are trained on."""
+
+    shards: list[ShardFolder] = Field(min_length=1)
+    splits: list[str] = Field(default=["train"], min_length=1)
+    loader_workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes a training worker; 0 loads in the training process."""
+    cache_dir: str | None = None
+    """Where a node keeps shards of s3://, gs:// and http(s)://; None: a folder of the temp dir."""
+    cache_gb: Positive = 50.0
+    """How much of them it keeps, in 10^9 bytes."""
+
+
+class Views(Settings):
+    """The two views (DESIGN 4.1); a pair of numbers is (view 1, view 2) or (low, high)."""
+
+    image_size_px: Annotated[int, Field(ge=16, le=2048)] = 224
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip_p: Fraction = 0.5
+    jitter_p: Fraction = 0.8
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    blur_p: tuple[Fraction, Fraction] = (1.0, 0.1)
+    blur_kernel_px: Annotated[int, Field(ge=1)] = 23
+    blur_sigma_px: tuple[Positive, Positive] = (0.1, 2.0)
+    solarise_p: tuple[Fraction, Fraction] = (0.0, 0.2)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Views:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
+            low, high = getattr(self, name)
+            if low > high or low <= 0:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high")
+        if self.blur_kernel_px % 2 == 0 or self.blur_kernel_px >= 2 * self.image_size_px:
+            raise ValueError("blur_kernel_px must be odd and less than twice image_size_px")
+        return self
+
+
+class LocalHead(Settings):
+    """From level maps to local vectors (DESIGN 3.3)."""
+
+    fusion: Literal["sum", "per_level"] = "sum"
+    resize_px: Count = 64
+    channels: Count = 512
+    pool: Count = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> LocalHead:
+        if self.resize_px % self.pool:
+            raise ValueError("resize_px must be a multiple of pool")
+        return self
+
+
+class Projector(Settings):
+    """Linear, batch norm, ReLU, …, linear and, with `last_norm`, a batch norm at the end."""
+
+    width: Count = 4096
+    layers: Annotated[int, Field(ge=1, le=8)] = 3
+    last_norm: bool = False
+
+
+class Model(Settings):
+    """Backbone, context bottlenecks and heads (DESIGN 4.1, 4.3)."""
+
+    backbone: str = "resnet18"
+    channels: Literal[1, 3] = 1
+    init: Literal["random", "imagenet"] = "random"
+    levels: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    level_convs: Literal["trained", "frozen"] = "trained"
+    context: bool = True
+    local: LocalHead = LocalHead()
+    projector: Projector = Projector()
+
+    @model_validator(mode="after")
+    def _levels(self) -> Model:
+        if self.levels != "all" and len(set(self.levels)) != len(self.levels):
+            raise ValueError("levels must name each level once")
+        return self
+
+
+class VicWeights(Settings):
+    """Coefficients of one VIC term; variance is the mean of the two hinges (DESIGN 4.1)."""
+
+    invariance: NonNegative = 25.0
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
+
+
+class Loss(Settings):
+    """L = VIC(global) + lambda_local * VIC(local); of several local vectors the weighted mean."""
+
+    global_: VicWeights = Field(default=VicWeights(), alias="global")
+    local: VicWeights = VicWeights()
+    lambda_local: NonNegative = 1.0
+    level_weights: dict[Annotated[int, Field(ge=0)], NonNegative] = Field(default={})
+    """Factors of the levels' own terms, where they have one (`per_level`); 1 where none is given.
+
+    The mean divides by the number of levels, not by the sum of the weights.
+    """
+
+
+class Train(Settings):
+    """The optimisation; `batch_size` is the global batch."""
+
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    epochs: Count = 300
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    optimizer: Literal["lars", "adamw"] = "lars"
+    learning_rate_per_256: Positive = 0.2
+    """The learning rate is this times batch_size / 256."""
+    weight_decay: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 10.0
+    cosine_over: Literal["after_warmup", "all_steps"] = "after_warmup"
+    precision: Literal["float32", "bf16"] = "float32"
+    recompute: bool = False
+    """Keep only the level maps for backward and compute the rest again: less memory, more time."""
+    deterministic: bool = False
+    init_from: str | None = None
+    """A checkpoint, export or run whose weights this run starts from."""
+    log_every_steps: Count = 10
+
+
+class Workers(Settings):
+    """The Ray Train worker group."""
+
+    num: Count = 1
+    min: Count | None = None
+    cpus_per_worker: Count = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often in a row workers may die without a step further than the time before."""
+    resize_after_s: Positive = 60.0
+    """A group of fewer than `num` grows when there was room for more for this long."""
+    start_timeout_s: Positive = 120.0
+    """How long Ray waits for the places of a group before it tries again."""
+    wait_s: Positive = 86400.0
+    """How long a run waits for workers, or hears nothing of them, before it ends."""
+    collective_timeout_s: Positive = 600.0
+    """How long a worker waits for another one before the group is started anew."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Workers:
+        if self.min is not None and self.min > self.num:
+            raise ValueError("min must not be more than num")
+        return self
+
+
+class Checkpoints(Settings):
+    """When the state is saved and how much of it is kept."""
+
+    every_s: Positive = 600.0
+    every_steps: Count | None = None
+    keep: Count = 3
+    export_every: Count | None = None
+    """Every so many checkpoints the encoder is exported too; always at the end."""
+
+
+class Run(Settings):
+    """Where a run lives: `storage_path/name/`."""
+
+    name: Name
+    storage_path: str = "runs"
+    """A folder that all workers see, or a URL (s3://, gs://)."""
+    samples_path: str | None = None
+    """A folder into which every rank writes which samples it trained on at each step."""
+
+
+class PretrainConfig(Settings):
+    """`kind: pretrain`."""
+
+    kind: Literal["pretrain"]
+    method: Literal["mlvicx"] = "mlvicx"
+    run: Run
+    data: PretrainData
+    views: Views = Views()
+    model: Model = Model()
+    loss: Loss = Loss()
+    train: Train = Train()
+    workers: Workers = Workers()
+    checkpoint: Checkpoints = Checkpoints()
+
+    @model_validator(mode="after")
+    def _weights(self) -> PretrainConfig:
+        weighted = self.loss.level_weights
+        if weighted and self.model.local.fusion != "per_level":
+            raise ValueError(
+                "loss.level_weights needs model.local.fusion: per_level, since a sum of levels has "
+                "one term"
+            )
+        off = set(weighted) - set(weighted if self.model.levels == "all" else self.model.levels)
+        if off:
+            raise ValueError(f"loss.level_weights names level {min(off)}, which is not on")
+        return self

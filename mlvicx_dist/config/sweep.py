@@ -1,0 +1,133 @@
+"""`kind: sweep`: trials of a pretraining over a space of its settings, judged by a probe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlvicx_dist.config.base import Count, Name, Positive, Settings
+from mlvicx_dist.config.evaluate import Bootstrap, Knn, Probe
+from mlvicx_dist.config.pretrain import PretrainConfig, Run
+
+
+class Pretraining(PretrainConfig):
+    """A pretraining as in `kind: pretrain`; what a trial is called and where it lies is ours."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    run: Run = Run(name="trial")
+
+
+class Dimension(Settings):
+    """Where one setting is looked for: exactly one of these."""
+
+    log_uniform: tuple[Positive, Positive] | None = None
+    uniform: tuple[float, float] | None = None
+    choice: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Dimension:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of log_uniform, uniform and choice")
+        if self.choice is not None:
+            if not self.choice:
+                raise ValueError("choice must name at least one value")
+            if len({repr(value) for value in self.choice}) != len(self.choice):
+                raise ValueError("choice must name each value once")
+            return self
+        low, high = getattr(self, given[0])
+        if low >= high:
+            raise ValueError(f"{given[0]} must be [low, high] with low < high")
+        return self
+
+
+class WarmStart(Settings):
+    """An earlier sweep whose best configurations are tried first."""
+
+    sweep: str
+    trials: Count = 3
+
+
+class Search(Settings):
+    """How configurations are found."""
+
+    by: Literal["random", "grid", "optuna"] = "random"
+    trials: Count | None = None
+    """None: 24, or in a grid all of it."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    warm_start: WarmStart | None = None
+
+
+class Asha(Settings):
+    """Asynchronous successive halving: at each rung the best 1 / `reduction` go on."""
+
+    grace_steps: Count | None = None
+    """Steps before the first rung; None: a ninth of the run, and not before the warm-up's end."""
+    reduction: Annotated[float, Field(gt=1, le=16)] = 3.0
+
+
+class Target(Settings):
+    """What trials are compared by, on images of the validation split; never the loss."""
+
+    kind: Literal["probe", "knn", "effective_rank"] = "probe"
+    """Mean AUROC of a linear probe or of nearest neighbours; or, without labels, RankMe."""
+    shards: list[str] | None = Field(default=None, min_length=1)
+    """None: those of the pretraining."""
+    train: str = "train"
+    val: str = "val"
+    classes: list[str] | None = Field(default=None, min_length=1)
+    """None: every class with both labels in both splits."""
+    every_steps: Count = 200
+    images: Annotated[int, Field(ge=16)] = 2000
+    """The most images of each split that a look embeds; which ones is the same in every trial."""
+    held_back: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The share of validation patients that no trial is judged on: the last word is theirs."""
+    batch_size: Count = 64
+    probe: Probe = Probe(l2=[1e-3, 1e-2, 1e-1, 1.0], max_iterations=100)
+    knn: Knn = Knn()
+
+    @model_validator(mode="after")
+    def _splits(self) -> Target:
+        for name in (self.train, self.val):
+            if name.casefold().startswith("test"):
+                raise ValueError(
+                    f"'{name}' is a test split, which a sweep must not see; name train and val"
+                )
+        if self.train == self.val:
+            raise ValueError("train and val must be two splits")
+        return self
+
+
+class Trials(Settings):
+    """How trials are run."""
+
+    concurrent: Count | None = None
+    """How many at once; None: as many as the cluster has room for."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """How often a trial whose processes died goes on from its newest checkpoint."""
+
+
+class Confirm(Settings):
+    """The best configuration against the one without changes, both trained anew."""
+
+    seeds: Annotated[int, Field(ge=0, le=100)] = 3
+    """Fresh seeds of each; 0: no comparison is made."""
+    bootstrap: Bootstrap = Bootstrap()
+
+
+class SweepConfig(Settings):
+    """`kind: sweep`."""
+
+    kind: Literal["sweep"]
+    name: Name
+    storage_path: str = "sweeps"
+    """A folder that all nodes see, or a URL (s3://, gs://)."""
+    pretrain: Pretraining
+    space: dict[str, Dimension] = Field(min_length=1)
+    search: Search = Search()
+    asha: Asha | None = Asha()
+    """None: every trial runs to its end."""
+    target: Target = Target()
+    trials: Trials = Trials()
+    confirm: Confirm = Confirm()

@@ -1,0 +1,1 @@
+"""Sweeps: trials of a pretraining, judged by a probe."""

@@ -1,0 +1,234 @@
+"""The space of a sweep: which settings are looked for, where, and what one point of it means.
+
+A point is a flat mapping from dotted keys to values. A weight of a level is in it only where that
+level is on and has a term of its own: what has no effect is not looked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from mlvicx_dist.config import (
+    Dimension,
+    PretrainConfig,
+    SweepConfig,
+    parse_config,
+    set_key,
+    to_tree,
+)
+from mlvicx_dist.errors import ConfigError, nearest
+
+Point = Mapping[str, Any]
+
+MAY_VARY = re.compile(
+    r"^(loss|model|views)\.|"
+    r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over)$"
+)
+"""What makes trials other than each other, yet leaves a step of one the step of another."""
+LEVEL_WEIGHT = re.compile(r"^loss\.level_weights\.(\d+)$")
+FUSION, LEVELS = "model.local.fusion", "model.levels"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The dimensions of a sweep over its base settings.
+
+    Attributes:
+        base: The settings of a trial with nothing changed.
+        dimensions: By dotted key; weights of levels come last.
+    """
+
+    base: PretrainConfig
+    dimensions: Mapping[str, Dimension]
+
+    def settings(
+        self, point: Point, *, name: str = "trial", storage_path: str = "."
+    ) -> dict[str, Any]:
+        """The whole settings of a point, as a tree.
+
+        Args:
+            point: Dotted keys and values.
+            name: What its run is called.
+            storage_path: Where its run lies.
+        """
+        tree = to_tree(self.base)
+        for key, value in point.items():
+            set_key(tree, key, value, where=f"space.{key}")
+        tree["run"] |= {"name": name, "storage_path": storage_path}
+        return tree
+
+    def config(self, point: Point, **run: str) -> PretrainConfig:
+        """The checked settings of a point, see `settings`.
+
+        Raises:
+            ConfigError: they are not allowed together.
+        """
+        config = parse_config(self.settings(point, **run), "space")
+        assert isinstance(config, PretrainConfig)
+        return config
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        """The point of an Optuna trial: it is asked for what has an effect and nothing else."""
+        point: dict[str, Any] = {}
+        for key, dimension in self.dimensions.items():
+            if self._has_effect(key, point):
+                if dimension.choice is not None:
+                    text = trial.suggest_categorical(key, [coded(v) for v in dimension.choice])
+                    point[key] = json.loads(text)
+                elif dimension.log_uniform is not None:
+                    point[key] = trial.suggest_float(key, *dimension.log_uniform, log=True)
+                else:
+                    assert dimension.uniform is not None
+                    point[key] = trial.suggest_float(key, *dimension.uniform)
+        return point
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every point of a space of choices, each once.
+
+        Raises:
+            ConfigError: a dimension is not a choice.
+        """
+        for key, dimension in self.dimensions.items():
+            if dimension.choice is None:
+                raise ConfigError(
+                    f"space.{key}: a grid needs a choice of values; give it as choice: [...], or "
+                    "set search.by to random or optuna."
+                )
+        points: dict[str, dict[str, Any]] = {}
+        for values in itertools.product(*(d.choice or [] for d in self.dimensions.values())):
+            point: dict[str, Any] = {}
+            for key, value in zip(self.dimensions, values, strict=True):
+                if self._has_effect(key, point):
+                    point[key] = value
+            points.setdefault(coded(point), point)
+        return list(points.values())
+
+    def admits(self, point: Point) -> bool:
+        """Whether a point, such as one of another sweep, lies in this space."""
+        for key, value in point.items():
+            dimension = self.dimensions.get(key)
+            if dimension is None:
+                return False
+            if dimension.choice is not None:
+                if value not in dimension.choice:
+                    return False
+                continue
+            low, high = dimension.log_uniform or dimension.uniform or (0.0, 0.0)
+            if not low <= value <= high:
+                return False
+        return True
+
+    def _has_effect(self, key: str, point: Point) -> bool:
+        match = LEVEL_WEIGHT.match(key)
+        if not match:
+            return True
+        levels = point.get(LEVELS, self.base.model.levels)
+        fusion = point.get(FUSION, self.base.model.local.fusion)
+        return fusion == "per_level" and (levels == "all" or int(match[1]) in levels)
+
+
+def coded(value: Any) -> str:
+    """A value of YAML as text, the same text for the same value."""
+    return json.dumps(value, sort_keys=True)
+
+
+def open_space(config: SweepConfig) -> Space:
+    """The space of a sweep, every key and every end of it checked against the settings.
+
+    Raises:
+        ConfigError: a key does not exist or may not vary, a value is not allowed, or a weight is
+            of a level that is never on.
+    """
+    keys = sorted(config.space, key=lambda key: bool(LEVEL_WEIGHT.match(key)))
+    for shorter, longer in itertools.permutations(keys, 2):
+        if longer.startswith(shorter + "."):
+            raise ConfigError(
+                f"space.{longer}: space.{shorter} already sets what is below it; leave one out."
+            )
+    space = Space(config.pretrain, {key: config.space[key] for key in keys})
+    allowed = _leaves(to_tree(config.pretrain))
+    for key, dimension in space.dimensions.items():
+        if LEVEL_WEIGHT.match(key):
+            continue
+        if key not in allowed:
+            raise ConfigError(
+                f"space.{key}: there is no such setting{nearest(key, allowed)}; name one of a "
+                "pretraining, such as loss.lambda_local."
+            )
+        if not MAY_VARY.match(key):
+            raise ConfigError(
+                f"space.{key}: trials must be alike in it to be compared; vary settings below "
+                "loss, model and views, or the optimizer's."
+            )
+        for value in dimension.choice or dimension.log_uniform or dimension.uniform or ():
+            _check_value(space, key, value)
+    for key in space.dimensions:
+        _check_level_weight(space, key)
+    return space
+
+
+def _check_value(space: Space, key: str, value: Any) -> None:
+    """One value alone, where the others are the base's; what a level weight needs is left open."""
+    bare = space.base.model_copy(
+        update={"loss": space.base.loss.model_copy(update={"level_weights": {}})}
+    )
+    try:
+        Space(bare, {}).config({key: value})
+    except ConfigError as error:
+        words = str(error).removeprefix("space: ")
+        raise ConfigError(f"space.{key}: {value!r} cannot be tried, since {words}") from None
+
+
+def _check_level_weight(space: Space, key: str) -> None:
+    match = LEVEL_WEIGHT.match(key)
+    if not match:
+        return
+    fusions, sets = (
+        space.dimensions[name].choice or [] if name in space.dimensions else [base]
+        for name, base in (
+            (FUSION, space.base.model.local.fusion),
+            (LEVELS, space.base.model.levels),
+        )
+    )
+    if "per_level" not in fusions:
+        raise ConfigError(
+            f"space.{key}: levels have terms of their own only where model.local.fusion is "
+            "per_level, which this space never tries; add it or leave the weight out."
+        )
+    if not any(levels == "all" or int(match[1]) in levels for levels in sets):
+        raise ConfigError(
+            f"space.{key}: level {match[1]} is in none of the level sets; add it to one or leave "
+            "the weight out."
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of all settings that are no mapping."""
+    keys = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        keys += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [name]
+    return keys
+
+
+def described(point: Point) -> str:
+    """A point in a few words."""
+    return ", ".join(
+        f"{short(key, point)} {f'{v:.3g}' if isinstance(v, float) else coded(v)}"
+        for key, v in point.items()
+    )
+
+
+def short(key: str, keys: Iterable[str]) -> str:
+    """The shortest end of a dotted key that no other one of the keys ends in."""
+    parts = key.split(".")
+    tails = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    others = [f".{other}" for other in keys if other != key]
+    return next((t for t in tails if not any(o.endswith(f".{t}") for o in others)), key)
