@@ -7,6 +7,7 @@ import pytest
 from mlvicx_dist.config import (
     EvaluateConfig,
     PretrainConfig,
+    SweepConfig,
     load_as,
     load_config,
     parse_config,
@@ -112,7 +113,7 @@ def test_the_wrong_kind_is_refused(file):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid_and_says_its_command(path):
     config = load_config(path)
-    assert isinstance(config, PretrainConfig | EvaluateConfig)
+    assert isinstance(config, PretrainConfig | EvaluateConfig | SweepConfig)
     head = path.read_text().split("kind:")[0]
     assert "Command:" in head
     assert path.relative_to(ROOT).as_posix() in head

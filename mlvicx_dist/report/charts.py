@@ -60,7 +60,7 @@ def _lines(title: str, unit: str, rows: Sequence[Row], keys: Mapping[str, str]) 
         "hovermode": "x unified",
         "showlegend": len(keys) > 1,
     }
-    return _chart(title, traces, layout)
+    return chart(title, traces, layout)
 
 
 def _differences(result: Mapping[str, Any]) -> Chart:
@@ -88,7 +88,7 @@ def _differences(result: Mapping[str, Any]) -> Chart:
         "showlegend": False,
         "height": 110 + 34 * len(names),
     }
-    return _chart("What pretraining adds", [trace], layout)
+    return chart("What pretraining adds", [trace], layout)
 
 
 def _roc(result: Mapping[str, Any]) -> Chart:
@@ -118,10 +118,12 @@ def _roc(result: Mapping[str, Any]) -> Chart:
         "height": 420,
         "showlegend": True,
     }
-    return _chart("ROC of the linear probe", traces, layout)
+    return chart("ROC of the linear probe", traces, layout)
 
 
-def _chart(title: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> Chart:
+def chart(
+    title: str, traces: list[dict[str, Any]], layout: dict[str, Any], *, wide: bool = False
+) -> Chart:
     """A chart for the page: '<' cannot end the script that it stands in."""
     figure = json.dumps({"data": traces, "layout": layout}).replace("<", "\\u003c")
-    return {"title": title, "figure": figure}
+    return {"title": title, "figure": figure, "wide": wide}

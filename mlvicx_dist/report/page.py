@@ -1,140 +1,36 @@
-"""A run's report: one HTML page that needs nothing else."""
+"""A report: one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from typing import Any
-
-import yaml
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
-from mlvicx_dist.config import PretrainConfig, parse_config, parse_yaml, to_tree
-from mlvicx_dist.errors import ConfigError, DataError, UserError
-from mlvicx_dist.progress import duration
-from mlvicx_dist.report import charts
-from mlvicx_dist.report.contact import contact_sheet
-from mlvicx_dist.storage import Place, place, read_bytes, write_whole
-from mlvicx_dist.train.runlog import read_rows
-
-CONTACT_IMAGES = 6
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.report.run import of_run
+from mlvicx_dist.report.sweep import SETTINGS, of_sweep
+from mlvicx_dist.storage import Place, place, reaching, told, write_whole
 
 
-def write_report(run: str | Place) -> Place:
-    """Write `report.html` into a run's folder, local or remote, finished or not.
+def write_report(folder: str | Place) -> Place:
+    """Write `report.html` into the folder of a run or a sweep, local or remote, finished or not.
 
     Raises:
-        DataError: the folder is no run.
+        DataError: the folder is neither, or cannot be reached or written.
     """
-    run_dir = place(run)
-    path = run_dir / "config.yaml"
+    folder = place(folder)
     try:
-        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-        assert isinstance(config, PretrainConfig)
-    except (OSError, ConfigError):
-        raise DataError(
-            f"{run_dir}: it is no run's folder (no config.yaml in it); give "
-            "storage_path/name of a pretraining."
-        ) from None
-    rows = read_rows(run_dir / "metrics.jsonl")
-    evaluations = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((run_dir / "evaluations").glob("*.json"))
-    ]
-    environment = Environment(loader=PackageLoader("mlvicx_dist.report"), autoescape=True)
-    page = environment.get_template("page.html.j2").render(
-        run_dir=run_dir,
-        config=config,
-        changed=_changed(config),
-        settings=yaml.safe_dump(to_tree(config), sort_keys=False),
-        state=_state(run_dir, rows),
-        heads=_heads(rows),
-        rows=rows,
-        charts=charts.of_run(rows, _heads(rows)) if rows else [],
-        evaluations=[{"result": e, "charts": charts.of_evaluation(e)} for e in evaluations],
-        contact=_contact(config),
-        about=_json(run_dir / "environment.json"),
-        plotly=get_plotlyjs(),
-    )
-    path = run_dir / "report.html"
-    try:
-        write_whole(path, page.encode())
+        with reaching(folder):
+            swept = (folder / SETTINGS).is_file()
     except OSError as error:
-        raise DataError(f"{path}: the page cannot be written ({error.strerror}).") from None
-    return path
-
-
-def _json(path: Place) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
-    """How far the run is, in words for the head of the page."""
-    state = _json(run_dir / "state.json")
-    last = rows[-1] if rows else {}
-    steps = int(state.get("steps", 0))
-    return {
-        "finished": state.get("state") == "finished",
-        "step": int(last.get("step", 0)),
-        "steps": steps,
-        "epochs": last.get("epoch", 0.0),
-        "images_per_s": _median([row["images_per_s"] for row in rows]),
-        "data_wait": _median([row["data_wait"] for row in rows]),
-        "time": duration(_trained_s(rows)),
-    }
-
-
-def _trained_s(rows: list[dict[str, float]]) -> float:
-    """Seconds of training over all starts: the clock of a row begins anew with each."""
-    total, before = 0.0, 0.0
-    for row in rows:
-        total += row["time_s"] - (before if row["time_s"] >= before else 0.0)
-        before = row["time_s"]
-    return total
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
-
-
-def _heads(rows: list[dict[str, float]]) -> list[str]:
-    """The heads that the rows speak of, the global one first."""
-    names = {key.split("/")[0] for row in rows[-1:] for key in row if key.endswith("/variance")}
-    return sorted(names, key=lambda name: (name != "global", name))
-
-
-def _changed(config: PretrainConfig) -> list[tuple[str, Any, Any]]:
-    """The settings that are not the defaults: key, value, default."""
-    needed = {"kind": "pretrain", "run": {"name": "x"}, "data": {"shards": [{"path": "x"}]}}
-    default = to_tree(PretrainConfig.model_validate(needed))
-    found = []
-    for section, values in to_tree(config).items():
-        if section in ("run", "data") or not isinstance(values, dict):
-            continue
-        for key, value in _leaves(values, section):
-            usual = dict(_leaves(default[section], section)).get(key)
-            if value != usual:
-                found.append((key, value, usual))
-    return found
-
-
-def _leaves(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        leaves += _leaves(value, name) if isinstance(value, dict) else [(name, value)]
-    return leaves
-
-
-def _contact(config: PretrainConfig) -> str:
-    """The contact sheet as a data URI, or nothing where the shards are no longer there."""
+        raise DataError(
+            f"{folder}: the folder cannot be read ({told(error)}); mend your access to it."
+        ) from None
+    values = of_sweep(folder) if swept else of_run(folder)
+    environment = Environment(loader=PackageLoader("mlvicx_dist.report"), autoescape=True)
+    template = environment.get_template("sweep.html.j2" if swept else "run.html.j2")
+    path = folder / "report.html"
     try:
-        folders = [folder.path for folder in config.data.shards]
-        sheet = contact_sheet(folders, config.views, count=CONTACT_IMAGES)
-    except UserError:
-        return ""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        write_whole(path, template.render(**values, plotly=get_plotlyjs()).encode())
+    except OSError as error:
+        raise DataError(f"{path}: the page cannot be written ({told(error)}).") from None
+    return path

@@ -28,7 +28,7 @@ from mlvicx_dist.train.launch import absolute, check_model, writing
 from mlvicx_dist.train.loop import Member, open_shards
 from mlvicx_dist.train.owner import only_driver
 from mlvicx_dist.tune.confirm import Confirmed, confirm
-from mlvicx_dist.tune.records import ENDED, Record, Records, best
+from mlvicx_dist.tune.records import ENDED, Record, Records, best, looks_share
 from mlvicx_dist.tune.runner import concurrency, run_tune
 from mlvicx_dist.tune.space import Space, described, open_space
 from mlvicx_dist.tune.target import Judge
@@ -96,13 +96,6 @@ class Outcome:
         return Counter(record.state for record in self.records)
 
 
-def looks_share(records: list[Record]) -> float:
-    """The share of the workers' time that went into looks."""
-    last = [record.looks[-1] for record in records if record.looks]
-    trained_s = sum(look.trained_s for look in last)
-    return sum(look.looked_s for look in last) / trained_s if trained_s else 0.0
-
-
 def sweep(config: SweepConfig, *, accept_changes: bool = False) -> Outcome:
     """Run the trials that have not ended yet, then the comparison; the same call again goes on.
 
@@ -122,7 +115,7 @@ def sweep(config: SweepConfig, *, accept_changes: bool = False) -> Outcome:
     per_epoch = steps_per_epoch(shards.sizes, base.train.batch_size, shards.weights)
     total = base.train.epochs * per_epoch
     _check_target(config, total)
-    first = _first_points(config, space)
+    first = first_points(config, space)
     trials = config.search.trials or (len(first) if config.search.by == "grid" else DEFAULT_TRIALS)
     if config.search.by == "grid":
         trials = min(trials, len(first))
@@ -261,7 +254,7 @@ def _check_target(config: SweepConfig, total: int) -> None:
     Judge(config.target, config.pretrain, Member(0, 1, torch.device("cpu")))
 
 
-def _first_points(config: SweepConfig, space: Space) -> list[dict[str, Any]]:
+def first_points(config: SweepConfig, space: Space) -> list[dict[str, Any]]:
     """The points of the first trials: a grid's, or the best of an earlier sweep."""
     if config.search.by == "grid":
         return space.grid()

@@ -75,6 +75,11 @@ class Record:
         return f"{self.number:04d}"
 
     @property
+    def reached(self) -> int:
+        """The step of its last look, or 0."""
+        return self.looks[-1].step if self.looks else 0
+
+    @property
     def target(self) -> float | None:
         """The target at its last look."""
         return self.looks[-1].target if self.looks else None
@@ -138,6 +143,13 @@ def best(records: list[Record]) -> Record | None:
     """The trial that ran to its end with the highest target."""
     finished = [r for r in records if r.state == "finished" and r.target is not None]
     return max(finished, key=lambda record: record.target or 0.0, default=None)
+
+
+def looks_share(records: list[Record]) -> float:
+    """The share of the workers' time that went into looks."""
+    last = [record.looks[-1] for record in records if record.looks]
+    trained_s = sum(look.trained_s for look in last)
+    return sum(look.looked_s for look in last) / trained_s if trained_s else 0.0
 
 
 def remove_checkpoints(run_dir: Place) -> None:

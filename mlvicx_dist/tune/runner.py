@@ -69,6 +69,8 @@ def run_tune(
     """
     # The records are the memory: what Tune keeps of its own is for this start alone.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Only Tune's older output can be silenced; `table` shows the trials.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     with tempfile.TemporaryDirectory(prefix="mlvicx-sweep-") as scratch:
         # Tune's process of a trial holds no core, and lies where no spot node takes it along.
         place_of_driver = tune.PlacementGroupFactory([{HEAD: 0.001}])

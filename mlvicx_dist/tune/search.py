@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from mlvicx_dist.config import Search
 from mlvicx_dist.tune.book import METRIC, TIME, Book
 from mlvicx_dist.tune.records import ENDED, Look, Record
-from mlvicx_dist.tune.space import Space, coded
+from mlvicx_dist.tune.space import Space
 
 
 class PointSearch(Searcher):
@@ -107,17 +107,9 @@ class PointSearch(Searcher):
         else:
             self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
         if fixed is not None:
-            self._study.enqueue_trial(self._parameters(fixed))
+            self._study.enqueue_trial(self._space.parameters(fixed))
         trial = self._study.ask()
         return self._space.suggest(trial), trial
-
-    def _parameters(self, point: dict[str, Any]) -> dict[str, Any]:
-        """A point as Optuna has it: choices as text."""
-        dimensions = self._space.dimensions
-        return {
-            key: coded(value) if dimensions[key].choice is not None else value
-            for key, value in point.items()
-        }
 
     def _ended(self, record: Record) -> optuna.trial.FrozenTrial:
         """A record as a trial of Optuna's."""
@@ -126,25 +118,17 @@ class PointSearch(Searcher):
             "pruned": optuna.trial.TrialState.PRUNED,
         }
         state = states.get(record.state, optuna.trial.TrialState.FAIL)
-        parameters = self._parameters(record.point)
+        parameters = self._space.parameters(record.point)
+        distributions = self._space.distributions()
         return optuna.trial.create_trial(
             state=state,
             value=record.target if state == optuna.trial.TrialState.COMPLETE else None,
             params=parameters,
-            distributions={key: self._distribution(key) for key in parameters},
+            distributions={key: distributions[key] for key in parameters},
             intermediate_values={
                 look.step: look.target for look in record.looks if math.isfinite(look.target)
             },
         )
-
-    def _distribution(self, key: str) -> Any:
-        dimension = self._space.dimensions[key]
-        if dimension.choice is not None:
-            return optuna.distributions.CategoricalDistribution(
-                [coded(value) for value in dimension.choice]
-            )
-        low, high = dimension.log_uniform or dimension.uniform or (0.0, 0.0)
-        return optuna.distributions.FloatDistribution(low, high, log=bool(dimension.log_uniform))
 
 
 class Rungs(AsyncHyperBandScheduler):

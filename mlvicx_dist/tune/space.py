@@ -89,6 +89,17 @@ class Space:
                     point[key] = trial.suggest_float(key, *dimension.uniform)
         return point
 
+    def parameters(self, point: Point) -> dict[str, Any]:
+        """A point as Optuna has it: choices as text."""
+        return {
+            key: coded(value) if self.dimensions[key].choice is not None else value
+            for key, value in point.items()
+        }
+
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The dimensions as Optuna has them."""
+        return {key: _distribution(dimension) for key, dimension in self.dimensions.items()}
+
     def grid(self) -> list[dict[str, Any]]:
         """Every point of a space of choices, each once.
 
@@ -132,6 +143,14 @@ class Space:
         levels = point.get(LEVELS, self.base.model.levels)
         fusion = point.get(FUSION, self.base.model.local.fusion)
         return fusion == "per_level" and (levels == "all" or int(match[1]) in levels)
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    if dimension.choice is not None:
+        return optuna.distributions.CategoricalDistribution([coded(v) for v in dimension.choice])
+    low, high = dimension.log_uniform or dimension.uniform or (0.0, 0.0)
+    log = dimension.log_uniform is not None
+    return optuna.distributions.FloatDistribution(low, high, log=log)
 
 
 def coded(value: Any) -> str:

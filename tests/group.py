@@ -49,7 +49,7 @@ def settings(shards, runs, **changes):
     return tree
 
 
-def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at):
+def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at, judge):
     """One worker; rank `kill_at[0]` is killed when its step `kill_at[1]` is done.
 
     From the row of step `taken_at` on, the run belongs to another driver.
@@ -73,15 +73,24 @@ def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at):
 
     config = parse_config(tree, "test")
     place = Member(rank, world_size, torch.device("cpu"))
-    train(config, run_dir, place, report=report, notices=notices, fence=fence)
+    train(
+        config,
+        run_dir,
+        place,
+        report=report,
+        notices=notices,
+        fence=fence,
+        judge=judge(config, place) if judge else None,
+    )
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None, taken_at=10**9):
+def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None, taken_at=10**9, judge=None):
     """Run a group to its end; whether a worker died on the way."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    arguments = (world_size, free_port(), tree, run_dir, notices or NoNotices(), kill_at, taken_at)
+    notices = notices or NoNotices()
+    arguments = (world_size, free_port(), tree, run_dir, notices, kill_at, taken_at, judge)
     try:
         run_processes(member, arguments, world_size)
     except ProcessException:

@@ -1,0 +1,84 @@
+"""What a sweep's report shows: its trials, what mattered, and the last word on the best one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from mlvicx_dist.config import SweepConfig, parse_config, parse_yaml
+from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.progress import duration
+from mlvicx_dist.report import sweep_charts
+from mlvicx_dist.storage import Place, read_bytes, told
+from mlvicx_dist.tune.records import Record, Records, best, looks_share
+from mlvicx_dist.tune.space import Space, coded, open_space
+
+SETTINGS = "sweep.yaml"
+TARGETS = {
+    "probe": "mean AUROC of a linear probe",
+    "knn": "mean AUROC of nearest neighbours",
+    "effective_rank": "effective rank (RankMe)",
+}
+
+
+def of_sweep(folder: Place) -> dict[str, Any]:
+    """The values of a sweep's page.
+
+    Raises:
+        DataError: its settings or records cannot be read.
+    """
+    config, space = _opened(folder)
+    records = Records.read(folder / "trials").all()
+    step = common_step(records)
+    leader = best(records)
+    confirmed = _text(folder / "confirm.json")
+    return {
+        "folder": folder,
+        "config": config,
+        "records": sorted(records, key=lambda r: (-r.reached, -(r.target or 0.0))),
+        "keys": list(space.dimensions),
+        "counts": Counter(record.state for record in records),
+        "best": leader,
+        "best_yaml": _text(folder / "best.yaml") if leader else "",
+        "confirmed": json.loads(confirmed) if confirmed else None,
+        "target": TARGETS[config.target.kind],
+        "step": step,
+        "time": duration(max((r.ended_s or r.began_s for r in records), default=0.0)),
+        "looks": looks_share(records),
+        "coded": coded,
+        "charts": sweep_charts.of_records(records, space, step, leader) if step else [],
+        "settings": _text(folder / SETTINGS),
+    }
+
+
+def common_step(records: list[Record]) -> int:
+    """The last step at which most trials that were looked at at all were looked at; 0: none.
+
+    Trials that a rung stopped have no later target, and an earlier one says less: here all can be
+    compared alike.
+    """
+    counts = Counter(look.step for record in records for look in record.looks)
+    most = max(counts.values(), default=0)
+    return max((step for step, count in counts.items() if count == most), default=0)
+
+
+def _opened(folder: Place) -> tuple[SweepConfig, Space]:
+    path = folder / SETTINGS
+    try:
+        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
+        assert isinstance(config, SweepConfig)
+        return config, open_space(config)
+    except (OSError, ConfigError, AssertionError) as error:
+        why = told(error) if isinstance(error, OSError) else str(error)
+        raise DataError(
+            f"{path}: the sweep's settings cannot be read ({why.rstrip('.')}); run the sweep's "
+            "command again, which writes them."
+        ) from None
+
+
+def _text(path: Place) -> str:
+    try:
+        return read_bytes(path).decode()
+    except FileNotFoundError:
+        return ""

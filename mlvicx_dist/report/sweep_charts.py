@@ -1,0 +1,234 @@
+"""The charts of a sweep, as plotly figures in JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+
+from mlvicx_dist.report.charts import PALETTE, Chart, chart
+from mlvicx_dist.tune.records import Record
+from mlvicx_dist.tune.space import Space, coded, short
+
+COLOURS = {
+    "finished": PALETTE[0],
+    "pruned": PALETTE[7],
+    "diverged": PALETTE[1],
+    "failed": PALETTE[3],
+    "running": PALETTE[4],
+}
+SCALE = [[0, "#0d0887"], [0.5, "#cc4778"], [1, "#f0f921"]]
+THIRDS = 3
+LEAST_FOR_IMPORTANCE = 8
+
+
+def of_records(
+    records: Sequence[Record], space: Space, step: int, leader: Record | None
+) -> list[Chart]:
+    """All charts; `step` is where all trials are compared."""
+    compared = [record for record in records if record.at(step) is not None]
+    figures = [_curves(records, leader), _timeline(records), _parallel(compared, space, step)]
+    importance = _importance(compared, space, step)
+    return [
+        *figures,
+        *importance,
+        *(_against(compared, space, key, step) for key in space.dimensions),
+    ]
+
+
+def _curves(records: Sequence[Record], leader: Record | None) -> Chart:
+    traces = []
+    for record in records:
+        ahead = record is leader
+        traces.append(
+            {
+                "x": [look.step for look in record.looks],
+                "y": [look.target for look in record.looks],
+                "name": f"trial {record.name}, {record.state}",
+                "mode": "lines+markers",
+                "opacity": 1.0 if ahead else 0.55,
+                "line": {"color": COLOURS[record.state], "width": 3.5 if ahead else 1.5},
+                "marker": {"size": 5},
+                "hovertemplate": "%{y:.4f} at step %{x}",
+            }
+        )
+    layout = {
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": "target"}},
+        "showlegend": False,
+        "height": 340,
+    }
+    return chart("Target of every trial; the best one is bold", traces, layout)
+
+
+def _timeline(records: Sequence[Record]) -> Chart:
+    """Who ran when, and where a rung stopped it."""
+    traces = []
+    for state, colour in COLOURS.items():
+        chosen = [record for record in records if record.state == state]
+        ends = [
+            r.ended_s if r.ended_s is not None else max([r.began_s, *(x.at_s for x in r.looks)])
+            for r in chosen
+        ]
+        if chosen:
+            traces.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "name": state,
+                    "y": [record.number for record in chosen],
+                    "base": [record.began_s / 60 for record in chosen],
+                    "x": [(e - r.began_s) / 60 for r, e in zip(chosen, ends, strict=True)],
+                    "marker": {"color": colour},
+                    "hovertemplate": "trial %{y}: %{x:.1f} min<extra></extra>",
+                }
+            )
+    layout = {
+        "xaxis": {"title": {"text": "minutes of sweeping"}},
+        "yaxis": {"title": {"text": "trial"}, "autorange": "reversed", "dtick": 4},
+        "barmode": "overlay",
+        "showlegend": True,
+        "height": 340,
+    }
+    return chart("When each trial ran, and how it ended", traces, layout)
+
+
+def _parallel(records: Sequence[Record], space: Space, step: int) -> Chart:
+    axes = []
+    for key, dimension in space.dimensions.items():
+        values: list[float]
+        if dimension.choice is not None:
+            names = [coded(value) for value in dimension.choice]
+            places = {name: float(place) for place, name in enumerate(names)}
+            values = [
+                places.get(coded(r.point[key]), -1.0) if key in r.point else -1.0 for r in records
+            ]
+            ticks, texts = list(places.values()), [_shown(name) for name in names]
+        else:
+            low, high = dimension.log_uniform or dimension.uniform or (0.0, 1.0)
+            log = dimension.log_uniform is not None
+            low, high = (math.log10(low), math.log10(high)) if log else (low, high)
+            off = low - 0.12 * (high - low)
+            values = [
+                (math.log10(r.point[key]) if log else r.point[key]) if key in r.point else off
+                for r in records
+            ]
+            ticks = [low, (low + high) / 2, high]
+            texts = [f"{10**tick if log else tick:.2g}" for tick in ticks]
+        if any(key not in record.point for record in records):
+            ticks, texts = [min(values), *ticks], ["off", *texts]
+        axes.append(
+            {
+                "label": short(key, space.dimensions),
+                "values": values,
+                "tickvals": ticks,
+                "ticktext": texts,
+            }
+        )
+    targets = [record.at(step) for record in records]
+    axes.append({"label": "target", "values": targets})
+    trace = {
+        "type": "parcoords",
+        "dimensions": axes,
+        "line": {"color": targets, "colorscale": SCALE, "showscale": False},
+    }
+    layout = {"height": 380, "margin": {"l": 70, "r": 50, "t": 60, "b": 20}}
+    return chart(f"Every trial as a line; target at step {step}", [trace], layout, wide=True)
+
+
+def _importance(records: Sequence[Record], space: Space, step: int) -> list[Chart]:
+    """PED-ANOVA (Watanabe et al. 2023) of what tells the better trials from all."""
+    shared = [key for key in space.dimensions if all(key in r.point for r in records)]
+    varied = [key for key in shared if len({coded(r.point[key]) for r in records}) > 1]
+    if len(records) < LEAST_FOR_IMPORTANCE or not varied:
+        return []
+    study = optuna.create_study(direction="maximize")
+    distributions = space.distributions()
+    for record in records:
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=record.at(step),
+                params={key: space.parameters(record.point)[key] for key in varied},
+                distributions={key: distributions[key] for key in varied},
+            )
+        )
+    shares = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+    )
+    names = list(shares)[::-1]
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": [shares[name] for name in names],
+        "y": [short(name, space.dimensions) for name in names],
+        "marker": {"color": PALETTE[0]},
+        "hovertemplate": "%{y}: %{x:.2f}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": "share (PED-ANOVA)"}, "rangemode": "tozero"},
+        "yaxis": {"automargin": True, "showgrid": False},
+        "showlegend": False,
+        "height": 340,
+    }
+    return [chart(f"What mattered, by {len(records)} trials at step {step}", [trace], layout)]
+
+
+def _against(records: Sequence[Record], space: Space, key: str, step: int) -> Chart:
+    """The target against one setting: each trial, and mean and spread of groups of them."""
+    dimension = space.dimensions[key]
+    having = sorted((r for r in records if key in r.point), key=lambda r: coded(r.point[key]))
+    if dimension.choice is not None:
+        groups = [
+            [r for r in having if coded(r.point[key]) == coded(value)] for value in dimension.choice
+        ]
+    else:
+        having.sort(key=lambda record: float(record.point[key]))
+        groups = [list(part) for part in np.array_split(np.array(having, dtype=object), THIRDS)]
+    groups = [group for group in groups if group]
+
+    def x(record: Record) -> Any:
+        value = record.point[key]
+        return _shown(coded(value)) if dimension.choice is not None else value
+
+    traces: list[dict[str, Any]] = [
+        {
+            "x": [x(r) for r in having if r.state == state],
+            "y": [r.at(step) for r in having if r.state == state],
+            "name": state,
+            "mode": "markers",
+            "marker": {"color": colour, "size": 8},
+            "hovertemplate": "%{y:.4f} at %{x}",
+        }
+        for state, colour in COLOURS.items()
+        if any(r.state == state for r in having)
+    ]
+    targets = [np.array([r.at(step) for r in group], dtype=float) for group in groups]
+    traces.append(
+        {
+            "x": [x(group[len(group) // 2]) for group in groups],
+            "y": [float(values.mean()) for values in targets],
+            "error_y": {
+                "type": "data",
+                "array": [float(v.std(ddof=1)) if len(v) > 1 else 0.0 for v in targets],
+                "thickness": 1.5,
+            },
+            "name": "mean and std",
+            "mode": "markers",
+            "marker": {"symbol": "line-ew-open", "size": 16, "color": PALETTE[2]},
+            "hovertemplate": "mean %{y:.4f}",
+        }
+    )
+    kind = "log" if dimension.log_uniform else "category" if dimension.choice else "linear"
+    layout = {
+        "xaxis": {"title": {"text": short(key, space.dimensions)}, "type": kind},
+        "yaxis": {"title": {"text": f"target at step {step}"}},
+        "showlegend": True,
+    }
+    return chart(f"Target against {short(key, space.dimensions)}", traces, layout)
+
+
+def _shown(text: str) -> str:
+    return text.strip('"')

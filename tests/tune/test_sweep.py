@@ -1,0 +1,280 @@
+"""Whole sweeps on Ray: their end, their resume, what diverges, dies or finds no room."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from small import small_tree
+
+from mlvicx_dist.cli import main
+from mlvicx_dist.config import PretrainConfig, load_as
+from mlvicx_dist.session import ray_session
+from mlvicx_dist.tune.records import Records
+
+LOUD = 1e30
+"""A learning rate that no weights survive."""
+
+
+def tree(shards, folder, **changes):
+    """A sweep of two small trials; `search__by="random"` changes a setting."""
+    settings = {
+        "kind": "sweep",
+        "name": "small",
+        "storage_path": str(folder),
+        "pretrain": {
+            "data": {"shards": [{"path": str(shards)}], "loader_workers": 0},
+            **small_tree(),
+            "train": {
+                "batch_size": 6,
+                "epochs": 4,
+                "optimizer": "adamw",
+                "warmup_epochs": 0.2,
+                "learning_rate_per_256": 1e-3,
+            },
+            "checkpoint": {"every_steps": 4, "keep": 1},
+        },
+        "space": {"loss.lambda_local": {"choice": [0.5, 2.0]}},
+        "search": {"by": "grid"},
+        "asha": None,
+        "target": {"every_steps": 4, "images": 16},
+        "confirm": {"seeds": 0},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            settings[section] = {**(settings[section] or {}), name: value}
+        else:
+            settings[section] = value
+    return settings
+
+
+def written(folder, settings):
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def swept(capsys, path, *more):
+    """What `mlvicx sweep` says of itself, and its exit code."""
+    code = main(["sweep", str(path), "--json", *more])
+    out, err = capsys.readouterr()
+    return (json.loads(out) if out else None), code, err
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with ray_session({"CPU": 2}, asked="the test", remedy="take two cores", dashboard=True):
+        yield
+
+
+def test_a_sweep_to_its_end_with_one_trial_that_diverges(ray, phantom_shards, tmp_path, capsys):
+    settings = tree(phantom_shards, tmp_path / "sweeps", confirm__seeds=1)
+    settings["space"]["train.learning_rate_per_256"] = {"choice": [1e-3, LOUD]}
+    settings["search"] |= {"trials": 3}
+    path = written(tmp_path, settings)
+    document, code, _ = swept(capsys, path)
+    assert code == 0
+    assert (document["finished"], document["diverged"]) == (2, 1)
+    folder = tmp_path / "sweeps" / "small"
+    records = Records.read(folder / "trials").all()
+    lost = [r for r in records if r.state == "diverged"]
+    assert [r.point["train.learning_rate_per_256"] for r in lost] == [LOUD]
+    assert "lower train.learning_rate_per_256" in lost[0].cause
+    best = document["best"]
+    assert best["looks"][-1]["target"] == max(r.target for r in records if r.state == "finished")
+    assert [look["step"] for look in best["looks"]] == [4, 8, 12, 16]
+    # What `pretrain` takes as it is: the best point, and the rest as it was.
+    config = load_as(PretrainConfig, folder / "best.yaml")
+    assert config.loss.lambda_local == best["point"]["loss.lambda_local"]
+    assert (config.run.name, config.train.epochs) == ("small-best", 4)
+    confirmed = json.loads((folder / "confirm.json").read_text())
+    values = confirmed["values"]
+    assert confirmed["low"] is None and len(values["best"]) == len(values["default"]) == 1
+    assert confirmed["difference"] == pytest.approx(values["best"][0] - values["default"][0])
+    # Its encoder stays, what only going on would need does not.
+    trial = folder / "trials" / f"{best['number']:04d}"
+    assert list((trial / "exports").glob("*/encoder.safetensors"))
+    assert not (trial / "checkpoints").exists()
+    # The same command again does nothing.
+    began = time.monotonic()
+    again, code, _ = swept(capsys, path)
+    assert (again["best"], again["confirmed"], code) == (best, document["confirmed"], 0)
+    assert Records.read(folder / "trials").all() == records
+    assert time.monotonic() - began < 60
+    # One more trial than before, and nothing else.
+    longer, _, _ = swept(capsys, path, "--set", "search.trials=4")
+    assert longer["trials"] == 4 and longer["diverged"] == 2
+    # Another target is another sweep.
+    _, code, err = swept(capsys, path, "--set", "target.images=20")
+    assert code == 2 and "target.images was 16 and is 20" in err
+    assert main(["report", str(folder), "--json"]) == 0
+    page = Path(json.loads(capsys.readouterr().out)["report"]).read_text()
+    assert "diverged" in page and "best.yaml" in page and "no interval" in page
+
+
+def test_trials_of_two_workers_take_turns(ray, phantom_shards, tmp_path, capsys):
+    """Two cores hold one such trial: the second waits for it and nobody for ever."""
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["pretrain"]["workers"] = {"num": 2}
+    document, code, _ = swept(capsys, written(tmp_path, settings))
+    assert code == 0 and document["finished"] == 2
+    first, second = Records.read(tmp_path / "sweeps" / "small" / "trials").all()
+    assert second.began_s >= first.ended_s
+
+
+def test_more_workers_than_there_is_room_for(ray, phantom_shards, tmp_path, capsys):
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["pretrain"]["workers"] = {"num": 3}
+    _, code, err = swept(capsys, written(tmp_path, settings))
+    assert code == 2 and "asks for 3 CPUs, but the cluster has 2" in err
+    assert not (tmp_path / "sweeps" / "small" / "trials").exists()
+
+
+def test_all_failed(ray, phantom_shards, tmp_path, capsys):
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["pretrain"]["train"]["learning_rate_per_256"] = LOUD
+    _, code, err = swept(capsys, written(tmp_path, settings))
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert "no trial of 2 came to its end; the first cause: trial 0000 diverged: step " in last
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target__every_steps": 1000}, "a trial has 16 steps"),
+        ({"target__val": "valid"}, "no images of the split valid"),
+        ({"space": {"model.levels": {"choice": [[9]]}}}, "level"),
+        ({"space": {"loss.lambda_local": {"log_uniform": [1, 2]}}}, "a grid needs a choice"),
+        ({"search": {"warm_start": {"sweep": "/nowhere/sweep"}}}, "none of its 0 finished trials"),
+    ],
+)
+def test_what_is_refused_before_ray_starts(phantom_shards, tmp_path, capsys, change, words):
+    path = written(tmp_path, tree(phantom_shards, tmp_path / "sweeps", **change))
+    _, code, err = swept(capsys, path)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_images_that_judge_are_not_trained_on(phantom_shards, tmp_path, capsys):
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["pretrain"]["data"]["splits"] = ["train", "val"]
+    _, code, err = swept(capsys, written(tmp_path, settings))
+    assert code == 2 and "pretrain.data.splits names 'val'" in err
+
+
+def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
+    from mlvicx_dist.config import parse_config
+    from mlvicx_dist.tune.launch import first_points
+    from mlvicx_dist.tune.records import Look, Record
+    from mlvicx_dist.tune.space import open_space
+
+    earlier = Records(tmp_path / "earlier" / "trials")
+    for number, (value, target) in enumerate([(0.5, 0.6), (2.0, 0.9), (50.0, 0.95), (1.0, 0.7)]):
+        point, look = {"loss.lambda_local": value}, Look(16, target, 1.0, 1.0, 0.1)
+        earlier.write(Record(number, point, "finished", (look,)))
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["space"] = {"loss.lambda_local": {"log_uniform": [0.1, 10]}}
+    settings["search"] = {"warm_start": {"sweep": str(tmp_path / "earlier"), "trials": 2}}
+    config = parse_config(settings, "sweep.yaml")
+    # 50 lies outside of this space.
+    points = first_points(config, open_space(config))
+    assert [point["loss.lambda_local"] for point in points] == [2.0, 1.0]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_loses_no_finished_trial(phantom_shards, tmp_path):
+    settings = tree(phantom_shards, tmp_path / "sweeps")
+    settings["space"] = {"loss.lambda_local": {"choice": [0.25, 0.5, 1.0, 2.0, 4.0]}}
+    settings["pretrain"]["train"]["epochs"] = 60
+    path = written(tmp_path, settings)
+    records = tmp_path / "sweeps" / "small" / "trials"
+    command = [sys.executable, "-m", "mlvicx_dist", "sweep", str(path), "--json"]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, stderr=log, stdout=log)
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and driver.poll() is None:
+            if any(r.state == "finished" for r in Records.read(records).all()):
+                break
+            time.sleep(0.2)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = {r.number: r for r in Records.read(records).all()}
+    finished = [r for r in before.values() if r.state == "finished"]
+    assert finished and len(finished) < 5, (tmp_path / "log").read_text()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    after = {r.number: r for r in Records.read(records).all()}
+    assert [r.state for r in after.values()] == ["finished"] * 5
+    assert all(after[r.number] == r for r in finished)
+    # Trials that were under way went on from a checkpoint: their first looks are the old ones.
+    for record in before.values():
+        if record.state == "running" and len(record.looks) > 3:
+            assert after[record.number].looks[0].at_s == record.looks[0].at_s
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(ray, phantom_shards, tmp_path):
+    import ray as core
+    from ray.util.state import list_actors
+
+    settings = tree(phantom_shards, tmp_path / "sweeps", search__trials=1)
+    settings["pretrain"]["train"]["epochs"] = 80
+    path = written(tmp_path, settings)
+    address = core.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "mlvicx_dist", "sweep", str(path), "--json"]
+    sweep = subprocess.Popen(
+        command,
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    records, killed = tmp_path / "sweeps" / "small" / "trials", None
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and killed is None:
+        known = Records.read(records).all()
+        if known and known[0].reached >= 40:
+            actors = list_actors(filters=[("state", "=", "ALIVE")])
+            killed = next(a.pid for a in actors if "ImplicitFunc" in a.class_name)
+            os.kill(killed, signal.SIGKILL)
+        time.sleep(0.1)
+    out, err = sweep.communicate(timeout=170)
+    assert killed is not None and sweep.returncode == 0, err
+    record = Records.read(records).all()[0]
+    assert (record.state, record.deaths) == ("finished", 1)
+    assert json.loads(out)["finished"] == 1
+    # Steps that were done before were not done again, but for those since the last checkpoint.
+    assert [look.step for look in record.looks] == list(range(4, 321, 4))
+
+
+@pytest.mark.slow
+def test_as_a_job_on_two_nodes(laptop, phantom_shards, tmp_path):
+    """`ray job submit … -- python -m mlvicx_dist sweep configs/sweep/smoke.yaml`."""
+    laptop.up(2, cpus=1)
+    env = {**os.environ, **laptop.env}
+    bin_folder = Path(sys.executable).parent
+    sets = [f"pretrain.data.shards.0.path={phantom_shards}", f"storage_path={tmp_path}"]
+    sets += ["pretrain.train.batch_size=4", "target.images=16", "target.every_steps=2"]
+    sets += ["asha.grace_steps=2", "pretrain.train.epochs=2"]
+    done = subprocess.run(
+        [
+            *(str(bin_folder / "ray"), "job", "submit", "--working-dir", "."),
+            *("--", sys.executable, "-m", "mlvicx_dist", "sweep", "configs/sweep/smoke.yaml"),
+            *(part for one in sets for part in ("--set", one)),
+        ],
+        cwd=Path(__file__).parents[2],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = Records.read(tmp_path / "smoke" / "trials").all()
+    assert len(records) == 4 and {r.state for r in records} <= {"finished", "pruned"}
