@@ -123,6 +123,27 @@ def make_folder(folder: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def temporary(kind: str) -> Path:
+    """This user's folder of a kind in the temporary folder, for what can be had again.
+
+    Raises:
+        DataError: it is another user's, whose files are not to be trusted, or cannot be made.
+    """
+    folder = Path(tempfile.gettempdir()) / f"mlvicx-{kind}-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own = all(stat.st_uid == os.geteuid() for stat in (folder.lstat(), folder.stat()))
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the folder cannot be made ({told(error)}); set TMPDIR to one that can."
+        ) from None
+    if not own:
+        raise DataError(
+            f"{folder}: the folder belongs to another user; set TMPDIR to one of yours."
+        )
+    return folder
+
+
 def write_whole(path: Place, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that it is there whole or not at all."""
     with becoming(path, mode=mode) as partial:

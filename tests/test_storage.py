@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import os
+import tempfile
 import threading
 from importlib.util import find_spec
 
@@ -10,7 +12,7 @@ import s3fs
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import becoming, files_below, place, read_bytes, write_whole
+from mlvicx_dist.storage import becoming, files_below, place, read_bytes, temporary, write_whole
 
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "s4://x/y", "ftp://x/y", "hdfs://x"])
@@ -82,3 +84,13 @@ def test_a_store_that_cannot_be_reached_is_one_sentence(s3, monkeypatch, capsys)
     error = capsys.readouterr().err
     assert "it cannot be reached" in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_temporary_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = temporary("order")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(DataError, match="belongs to another user; set TMPDIR"):
+        temporary("order")

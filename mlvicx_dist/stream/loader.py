@@ -5,10 +5,8 @@ Step t of a run is column t mod steps of epoch t div steps: resuming is starting
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import ResourceError, UserError
+from mlvicx_dist.storage import temporary
 from mlvicx_dist.stream.ahead import Ahead
 from mlvicx_dist.stream.augment import PARAMETERS, two_views
 from mlvicx_dist.stream.order import epoch_lanes, rank_lanes, steps_per_epoch
@@ -24,7 +23,6 @@ from mlvicx_dist.stream.shardset import ShardSet
 
 LOSSES = 2
 """How often in a row, at one step, loader processes may die."""
-ORDER_FOLDER = Path(tempfile.gettempdir()) / "mlvicx-order"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Steps(Dataset[Batch | UserError]):
             epoch,
             self.shards.weights,
             lanes=self.lanes,
-            folder=ORDER_FOLDER,
+            folder=temporary("order"),
         )
 
 

@@ -6,13 +6,12 @@ SHA-256. It is whole when both are there and agree; nothing else decides (DESIGN
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -35,6 +34,7 @@ from mlvicx_dist.storage import (
     place,
     reaching,
     read_bytes,
+    temporary,
     told,
     write_whole,
 )
@@ -42,8 +42,8 @@ from mlvicx_dist.storage import (
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-COPIES = Path(tempfile.gettempdir()) / f"mlvicx-checkpoints-{os.getuid()}"
-"""Local copies of remote checkpoints: one a node and run, the one last asked for."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a local disk says, and no store."""
 
 
 def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Place:
@@ -163,7 +163,7 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     if is_local(path):
         check_digest(path)
         return Path(path)
-    folder = COPIES / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
+    folder = _copies(path.parent)
     copy = folder / path.name
 
     def fetch() -> None:
@@ -173,7 +173,6 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
             path.fs.get_file(path.path, str(partial))
 
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(folder / "lock"):
             seal = read_bytes(path.with_suffix(".json"), patience_s=patience_s)
             write_whole(copy.with_suffix(".json"), seal)
@@ -187,8 +186,25 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     except DamagedError:
         raise DamagedError(_damaged(path)) from None
     except OSError as error:
-        raise CheckpointError(_unreadable(path, error)) from None
+        full = error.errno in NO_ROOM
+        words = _uncopied(copy, path, error) if full else _unreadable(path, error)
+        raise CheckpointError(words) from None
     return copy
+
+
+def _copies(folder: Place) -> Path:
+    """Where copies of a remote folder's checkpoints or export lie: one a node, the last one."""
+    copies = temporary("checkpoints") / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copies.mkdir(exist_ok=True)
+    return copies
+
+
+def _uncopied(copy: Path, source: Place, error: OSError) -> str:
+    """The sentence for a local disk that cannot take a copy."""
+    return (
+        f"{copy}: no copy of {source} can be written ({told(error)}); make room there, or set "
+        "TMPDIR to another folder."
+    )
 
 
 def check_digest(path: Path) -> None:
@@ -347,16 +363,12 @@ def local_folder(folder: Place) -> Path:
         ) from None
     except OSError as error:
         raise CheckpointError(_unreached(folder, error)) from None
-    copy = COPIES / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copy = _copies(folder)
     try:
-        copy.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, data in files.items():
             write_whole(copy / name, data)
     except OSError as error:
-        raise CheckpointError(
-            f"{copy}: no copy of {folder} can be written ({told(error)}); make room there, or set "
-            "TMPDIR to another folder."
-        ) from None
+        raise CheckpointError(_uncopied(copy, folder, error)) from None
     return copy
 
 

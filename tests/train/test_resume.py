@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
+from group import At, run_group, settings
 from samples import check_epochs, trajectory
-from train.group import At, run_group, settings
 
 from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.notices import Notice

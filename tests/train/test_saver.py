@@ -1,16 +1,16 @@
 """Checkpoints beside the training: a copy of a step, whole or not there, and a run that goes on."""
 
+import tempfile
 import threading
 
 import pytest
 import torch
-from train.group import settings
+from group import settings
 
 from mlvicx_dist.config import parse_config
-from mlvicx_dist.errors import CheckpointError, TrainingError
+from mlvicx_dist.errors import CheckpointError, DataError, TrainingError
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.storage import place
-from mlvicx_dist.train import checkpoint
 from mlvicx_dist.train import saver as saver_module
 from mlvicx_dist.train.checkpoint import (
     load_encoder,
@@ -193,13 +193,13 @@ def test_a_store_that_is_lost_and_regained(s3_server, monkeypatch):
 
 
 def test_a_remote_checkpoint_that_is_damaged_is_passed_over(s3_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "COPIES", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     bench = Bench(place(f"{s3_server.bucket}/run"))
     for step in (1, 2):
         bench.saver.finish(step, final=False)
     newest = newest_checkpoint(bench.run_dir)
     newest.write_bytes(newest.read_bytes()[:-10])
-    monkeypatch.setattr(checkpoint, "COPIES", tmp_path / "another node")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another node"))
     said = []
     assert newest_checkpoint(bench.run_dir, said.append).name == "step-00000001.pt"
     assert "is damaged" in said[0]
@@ -210,10 +210,20 @@ def test_a_remote_export_that_cannot_be_had_is_one_sentence(s3, tmp_path, monkey
     bench.saver.finish(1, final=True)
     folder = f"{s3}/run/exports/step-00000001"
     (tmp_path / "file").touch()
-    monkeypatch.setattr(checkpoint, "COPIES", tmp_path / "file" / "copies")
-    with pytest.raises(CheckpointError, match=r"no copy of s3://.* can be written \(Not a dir"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be made \(Not a dir"):
         load_encoder(folder)
-    monkeypatch.setattr(checkpoint, "COPIES", tmp_path / "copies")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (place(folder) / "config.json").unlink()
     with pytest.raises(CheckpointError, match="no whole export"):
         load_encoder(folder)
+
+
+@pytest.mark.parametrize("small_disk", ["size=64k"], indirect=True)
+def test_a_full_disk_here_is_not_blamed_on_the_store(s3_server, small_disk, monkeypatch):
+    bench = Bench(place(f"{s3_server.bucket}/run"))
+    bench.saver.finish(1, final=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    for what in ("run", "run/exports/step-00000001"):
+        with pytest.raises(CheckpointError, match=r"no copy of s3://.* can be written \(No space"):
+            load_encoder(f"{s3_server.bucket}/{what}")
