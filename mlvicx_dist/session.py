@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +18,7 @@ R = TypeVar("R")
 
 MOST_NODES = 10_000
 """Where an autoscaler names no limit."""
+UNKNOWN_BYTES = 2**60
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
 
@@ -26,6 +28,15 @@ def on_cluster() -> bool:
     import ray
 
     return bool(ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+
+
+def scratch(kind: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder that ends with a block; of a process that is killed it stays among Ray's logs."""
+    import ray
+
+    node = ray._private.worker._global_node
+    session = node.get_session_dir_path() if node else None
+    return tempfile.TemporaryDirectory(prefix=f"mlvicx-{kind}-", dir=session)
 
 
 @contextmanager
@@ -66,6 +77,8 @@ def ray_session(
             # Ray's workers are nice by 15: beside any other busy process, one with two threads ran
             # eight times slower than at 0.
             os.environ.setdefault("RAY_worker_niceness", "0")
+            # Of a few trials' processes on two cores Ray would warn that they are many.
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
             # A blocked signal stays blocked in the processes that are started meanwhile.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
             try:
@@ -128,7 +141,10 @@ def _whole_cluster() -> dict[str, float]:
 
 
 def slots(needed: Mapping[str, float]) -> int:
-    """How many workers that need this much fit on all nodes that there are or can be added."""
+    """How many workers that need this much fit on all nodes that there are or can be added.
+
+    A node whose memory is not known has enough of it.
+    """
     import ray
     from ray._private.state import state
 
@@ -141,7 +157,8 @@ def slots(needed: Mapping[str, float]) -> int:
             for _ in range(min(group.max_count, MOST_NODES))
         ]
     return sum(
-        int(min(there.get(kind, 0) // amount for kind, amount in needed.items())) for there in nodes
+        int(min(there.get(kind, 0) // amount for kind, amount in needed.items()))
+        for there in ({"memory": UNKNOWN_BYTES, **node} for node in nodes)
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlvicx_dist.config import Bootstrap, EvaluateConfig, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, nearest
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
-from mlvicx_dist.evaluate.metrics import auroc, bootstrap_auroc, interval, roc_curve
+from mlvicx_dist.evaluate.metrics import auroc, bootstrap_auroc, interval, over_classes, roc_curve
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
 from mlvicx_dist.model.encoder import untrained
 from mlvicx_dist.storage import write_whole
@@ -154,7 +154,7 @@ def compare(
     result = {}
     for name, areas in values.items():
         columns = {c: (areas[k], draws[name][:, k]) for k, c in enumerate(classes)}
-        columns["mean"] = (areas.mean(), np.nanmean(draws[name], axis=1))
+        columns["mean"] = (areas.mean(), over_classes(draws[name]))
         result[name] = {
             column: {
                 "value": float(value),

@@ -100,6 +100,14 @@ class _Ranked:
         return np.where(pairs > 0, ranks / np.where(pairs > 0, pairs, 1), np.nan)
 
 
+def over_classes(areas: np.ndarray) -> np.ndarray:
+    """The mean over the classes that are defined, [draws, K] -> [draws]; NaN where none is."""
+    defined = ~np.isnan(areas)
+    counts = defined.sum(1)
+    sums = np.where(defined, areas, 0.0).sum(1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
 def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     """The percentile interval of bootstrap values, NaN left out."""
     tail = (1 - confidence) / 2

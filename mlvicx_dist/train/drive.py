@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -23,7 +22,7 @@ from typing import Any
 from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
-from mlvicx_dist.session import on_cluster, ray_session, room_for
+from mlvicx_dist.session import on_cluster, ray_session, room_for, scratch
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.owner import TOKEN
 from mlvicx_dist.train.worker import train_worker
@@ -76,7 +75,7 @@ def drive(
         UserError: what a worker raised, or that workers died again and again.
     """
     elsewhere = on_cluster()
-    with _cluster(config), tempfile.TemporaryDirectory(prefix="mlvicx-run-") as scratch:
+    with _cluster(config), scratch("run") as folder:
         from mlvicx_dist.train.guard import guard
         from mlvicx_dist.train.notices import Notice
         from mlvicx_dist.train.watch import watching
@@ -84,7 +83,7 @@ def drive(
         held = guard(str(run_dir))
         token = uuid.uuid4().hex
         begin(token)
-        channel = Path(scratch) / "rows.jsonl"
+        channel = Path(folder) / "rows.jsonl"
         plan = {
             "settings": to_tree(config),
             "run_dir": str(run_dir),
@@ -93,7 +92,7 @@ def drive(
             "check_memory": elsewhere,
             "judge": judge,
         }
-        fit = _Fit(_trainer(config, plan, channel, scratch))
+        fit = _Fit(_trainer(config, plan, channel, folder))
         try:
             with progress("training", total, "steps") as bar, _signals() as asked:
                 shown = _Shown(bar, heard)
@@ -166,7 +165,7 @@ def where_logs_are() -> str:
     return f"the workers' logs are in {node.get_session_dir_path()}/logs" if node else "see the log"
 
 
-def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, scratch: str) -> Any:
+def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, folder: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -187,7 +186,7 @@ def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, scratc
         # are counted in `Forward`: a run of weeks may see many, as long as it gets on.
         run_config=RunConfig(
             name="ray",
-            storage_path=scratch,
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
             callbacks=[Forward(channel, workers.max_failures)],
         ),

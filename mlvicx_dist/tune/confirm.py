@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from mlvicx_dist.config import Bootstrap, SweepConfig
 from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.evaluate.embed import Embeddings, embed_samples
-from mlvicx_dist.evaluate.metrics import bootstrap_auroc
+from mlvicx_dist.evaluate.metrics import bootstrap_auroc, over_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.storage import Place, write_whole
@@ -178,7 +178,7 @@ def compared(
                 draws=config.confirm.bootstrap.draws,
                 seed=config.confirm.bootstrap.seed,
             )
-            drawn.append(np.nanmean(areas, axis=1))
+            drawn.append(over_classes(areas))
         draws = np.array(drawn)
     k = len(seeds)
     sides = {"best": values[:k], "default": values[k:]}

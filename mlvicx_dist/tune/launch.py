@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import ray
 import yaml
 
 from mlvicx_dist.config import PretrainConfig, SweepConfig, to_tree
@@ -24,6 +25,7 @@ from mlvicx_dist.storage import Place, make_folder, place, write_whole
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import each
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
+from mlvicx_dist.train.guard import guard
 from mlvicx_dist.train.launch import absolute, check_model, writing
 from mlvicx_dist.train.loop import Member, open_shards
 from mlvicx_dist.train.owner import only_driver
@@ -129,7 +131,6 @@ def sweep(config: SweepConfig, *, accept_changes: bool = False) -> Outcome:
             accept_fingerprint(folder, wanted)
             settings = yaml.safe_dump(to_tree(config), sort_keys=False)
             write_whole(folder / "sweep.yaml", settings.encode())
-        records = Records.read(folder / "trials")
         workers = base.workers
         needed = {kind: workers.num * amount for kind, amount in each(workers).items()}
         stack.enter_context(
@@ -140,6 +141,9 @@ def sweep(config: SweepConfig, *, accept_changes: bool = False) -> Outcome:
                 dashboard=True,
             )
         )
+        # The lock of a file system does not reach as far as a cluster.
+        stack.callback(ray.kill, guard(str(folder)))
+        records = Records.read(folder / "trials")
         at_once = concurrency(config)
         asked = stack.enter_context(_signals())
         _run_trials(

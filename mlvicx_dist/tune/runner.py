@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
 from typing import Any
 
 import ray
@@ -11,8 +11,9 @@ from ray import tune
 
 from mlvicx_dist.config import SweepConfig
 from mlvicx_dist.errors import ResourceError
-from mlvicx_dist.session import slots
+from mlvicx_dist.session import scratch, slots
 from mlvicx_dist.train.drive import each
+from mlvicx_dist.train.memory import PROCESS_BYTES, needed_bytes
 from mlvicx_dist.tune.trial import run_trial
 
 HEAD = "node:__internal_head__"
@@ -29,13 +30,19 @@ def concurrency(config: SweepConfig) -> int:
     """
     workers = config.pretrain.workers
     one = each(workers)
+    if not workers.use_gpu:
+        rows = math.ceil(config.pretrain.train.batch_size / workers.num)
+        one["memory"] = PROCESS_BYTES + needed_bytes(config.pretrain, rows)
     fit = slots(one)
     if fit < workers.num:
-        asked = " and ".join(f"{amount:g} {kind}" for kind, amount in one.items())
+        asked = " and ".join(
+            f"{amount / 1e9:.1f} GB" if kind == "memory" else f"{amount:g} {kind}"
+            for kind, amount in one.items()
+        )
         raise ResourceError(
             f"a trial needs {workers.num} workers of {asked} each, but the nodes have room for "
-            f"{fit} such workers, whatever else runs; lower pretrain.workers.num or "
-            "pretrain.workers.cpus_per_worker, or use larger nodes."
+            f"{fit} such workers, whatever else runs; lower pretrain.workers.num, "
+            "pretrain.workers.cpus_per_worker or pretrain.train.batch_size, or use larger nodes."
         )
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     head: dict[str, float] = next((there for there in alive if HEAD in there), {})
@@ -71,7 +78,7 @@ def run_tune(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Only Tune's older output can be silenced; `table` shows the trials.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    with tempfile.TemporaryDirectory(prefix="mlvicx-sweep-") as scratch:
+    with scratch("sweep") as folder:
         # Tune's process of a trial holds no core, and lies where no spot node takes it along.
         place_of_driver = tune.PlacementGroupFactory([{HEAD: 0.001}])
         return tune.Tuner(
@@ -87,7 +94,7 @@ def run_tune(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=scratch,
+                storage_path=folder,
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 callbacks=list(callbacks),
                 verbose=0,

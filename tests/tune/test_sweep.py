@@ -74,6 +74,7 @@ def ray():
         yield
 
 
+@pytest.mark.slow
 def test_a_sweep_to_its_end_with_one_trial_that_diverges(ray, phantom_shards, tmp_path, capsys):
     settings = tree(phantom_shards, tmp_path / "sweeps", confirm__seeds=1)
     settings["space"]["train.learning_rate_per_256"] = {"choice": [1e-3, LOUD]}
@@ -119,6 +120,7 @@ def test_a_sweep_to_its_end_with_one_trial_that_diverges(ray, phantom_shards, tm
     assert "diverged" in page and "best.yaml" in page and "no interval" in page
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers_take_turns(ray, phantom_shards, tmp_path, capsys):
     """Two cores hold one such trial: the second waits for it and nobody for ever."""
     settings = tree(phantom_shards, tmp_path / "sweeps")
