@@ -12,7 +12,7 @@ from mlvicx_dist.progress import duration
 from mlvicx_dist.report import sweep_charts
 from mlvicx_dist.storage import Place, read_bytes, told
 from mlvicx_dist.tune.records import Record, Records, best, looks_share
-from mlvicx_dist.tune.space import Space, coded, open_space
+from mlvicx_dist.tune.space import Space, open_space, short, worded
 
 SETTINGS = "sweep.yaml"
 TARGETS = {
@@ -46,7 +46,8 @@ def of_sweep(folder: Place) -> dict[str, Any]:
         "step": step,
         "time": duration(max((r.ended_s or r.began_s for r in records), default=0.0)),
         "looks": looks_share(records),
-        "coded": coded,
+        "worded": worded,
+        "short": short,
         "charts": sweep_charts.of_records(records, space, step, leader) if step else [],
         "settings": _text(folder / SETTINGS),
     }

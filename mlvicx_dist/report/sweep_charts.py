@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import optuna
 
 from mlvicx_dist.report.charts import PALETTE, Chart, chart
 from mlvicx_dist.tune.records import Record
-from mlvicx_dist.tune.space import Space, coded, short
+from mlvicx_dist.tune.space import Space, coded, new_study, short, worded
 
 COLOURS = {
     "finished": PALETTE[0],
@@ -20,7 +20,6 @@ COLOURS = {
     "failed": PALETTE[3],
     "running": PALETTE[4],
 }
-SCALE = [[0, "#0d0887"], [0.5, "#cc4778"], [1, "#f0f921"]]
 THIRDS = 3
 LEAST_FOR_IMPORTANCE = 8
 
@@ -82,6 +81,7 @@ def _timeline(records: Sequence[Record]) -> Chart:
                     "y": [record.number for record in chosen],
                     "base": [record.began_s / 60 for record in chosen],
                     "x": [(e - r.began_s) / 60 for r, e in zip(chosen, ends, strict=True)],
+                    "width": 0.8,
                     "marker": {"color": colour},
                     "hovertemplate": "trial %{y}: %{x:.1f} min<extra></extra>",
                 }
@@ -97,46 +97,88 @@ def _timeline(records: Sequence[Record]) -> Chart:
 
 
 def _parallel(records: Sequence[Record], space: Space, step: int) -> Chart:
-    axes = []
-    for key, dimension in space.dimensions.items():
-        values: list[float]
-        if dimension.choice is not None:
-            names = [coded(value) for value in dimension.choice]
-            places = {name: float(place) for place, name in enumerate(names)}
-            values = [
-                places.get(coded(r.point[key]), -1.0) if key in r.point else -1.0 for r in records
-            ]
-            ticks, texts = list(places.values()), [_shown(name) for name in names]
-        else:
-            low, high = dimension.log_uniform or dimension.uniform or (0.0, 1.0)
-            log = dimension.log_uniform is not None
-            low, high = (math.log10(low), math.log10(high)) if log else (low, high)
-            off = low - 0.12 * (high - low)
-            values = [
-                (math.log10(r.point[key]) if log else r.point[key]) if key in r.point else off
-                for r in records
-            ]
-            ticks = [low, (low + high) / 2, high]
-            texts = [f"{10**tick if log else tick:.2g}" for tick in ticks]
-        if any(key not in record.point for record in records):
-            ticks, texts = [min(values), *ticks], ["off", *texts]
-        axes.append(
+    """Parallel coordinates, as plain lines: plotly's own kind needs WebGL, which may be missing.
+
+    Each axis runs from 0 to 1; a setting that has no effect in a trial stands below its axis.
+    """
+    keys = list(space.dimensions)
+    targets = [record.at(step) or 0.0 for record in records]
+    low, high = min(targets, default=0.0), max(targets, default=1.0)
+    span = high - low or 1.0
+    labels = [short(key, keys) for key in keys]
+    names = [*labels, f"target at step {step}"]
+    traces: list[dict[str, Any]] = []
+    for target, record in sorted(zip(targets, records, strict=True), key=lambda pair: pair[0]):
+        share = (target - low) / span
+        shown = [worded(record.point.get(key, "off")) for key in keys] + [f"{target:.4f}"]
+        traces.append(
             {
-                "label": short(key, space.dimensions),
-                "values": values,
-                "tickvals": ticks,
-                "ticktext": texts,
+                "x": names,
+                "y": [*(_height(space, key, record.point) for key in keys), share],
+                "text": shown,
+                "name": f"trial {record.name}",
+                "mode": "lines+markers",
+                "opacity": 0.35 + 0.65 * share,
+                "line": {"color": _colour(share), "width": 1.2 + 1.8 * share, "shape": "spline"},
+                "marker": {"size": 5},
+                "hovertemplate": "%{x}: %{text}",
             }
         )
-    targets = [record.at(step) for record in records]
-    axes.append({"label": "target", "values": targets})
-    trace = {
-        "type": "parcoords",
-        "dimensions": axes,
-        "line": {"color": targets, "colorscale": SCALE, "showscale": False},
+    ends = [(*_ends(space, key), key) for key in keys]
+    notes = [
+        note
+        for name, (bottom, top, _) in zip(
+            names, [*ends, (f"{low:.3f}", f"{high:.3f}", "")], strict=True
+        )
+        for note in (
+            {"x": name, "y": -0.03, "text": bottom, "yanchor": "top"},
+            {"x": name, "y": 1.03, "text": top, "yanchor": "bottom"},
+        )
+    ]
+    layout = {
+        "annotations": [{**note, "showarrow": False, "font": {"size": 11}} for note in notes],
+        "xaxis": {"title": {"text": ""}, "type": "category"},
+        "yaxis": {"title": {"text": ""}, "showticklabels": False, "range": [-0.22, 1.14]},
+        "showlegend": False,
+        "height": 400,
     }
-    layout = {"height": 380, "margin": {"l": 70, "r": 50, "t": 60, "b": 20}}
-    return chart(f"Every trial as a line; target at step {step}", [trace], layout, wide=True)
+    return chart(
+        "Every trial as a line; from violet to yellow, the better its target",
+        traces,
+        layout,
+        wide=True,
+    )
+
+
+def _height(space: Space, key: str, point: Mapping[str, Any]) -> float:
+    """Where a value stands on its axis, from 0 to 1."""
+    if key not in point:
+        return -0.14
+    dimension = space.dimensions[key]
+    if dimension.choice is not None:
+        place = [coded(value) for value in dimension.choice].index(coded(point[key]))
+        return place / max(len(dimension.choice) - 1, 1)
+    low, high = dimension.log_uniform or dimension.uniform or (0.0, 1.0)
+    value = float(point[key])
+    if dimension.log_uniform is not None:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
+def _ends(space: Space, key: str) -> tuple[str, str]:
+    """What the two ends of an axis mean."""
+    dimension = space.dimensions[key]
+    ends = dimension.choice or dimension.log_uniform or dimension.uniform or (0.0, 1.0)
+    return worded(ends[0]), worded(ends[-1])
+
+
+def _colour(share: float) -> str:
+    """From dark violet over red to yellow, by a number from 0 to 1."""
+    stops = ((94, 60, 153), (214, 84, 80), (240, 190, 60))
+    place = share * (len(stops) - 1)
+    k = min(int(place), len(stops) - 2)
+    mixed = [a + (place - k) * (b - a) for a, b in zip(stops[k], stops[k + 1], strict=True)]
+    return "rgb({:.0f},{:.0f},{:.0f})".format(*mixed)
 
 
 def _importance(records: Sequence[Record], space: Space, step: int) -> list[Chart]:
@@ -145,7 +187,7 @@ def _importance(records: Sequence[Record], space: Space, step: int) -> list[Char
     varied = [key for key in shared if len({coded(r.point[key]) for r in records}) > 1]
     if len(records) < LEAST_FOR_IMPORTANCE or not varied:
         return []
-    study = optuna.create_study(direction="maximize")
+    study = new_study()
     distributions = space.distributions()
     for record in records:
         study.add_trial(
@@ -191,7 +233,7 @@ def _against(records: Sequence[Record], space: Space, key: str, step: int) -> Ch
 
     def x(record: Record) -> Any:
         value = record.point[key]
-        return _shown(coded(value)) if dimension.choice is not None else value
+        return worded(value) if dimension.choice is not None else value
 
     traces: list[dict[str, Any]] = [
         {
@@ -222,13 +264,14 @@ def _against(records: Sequence[Record], space: Space, key: str, step: int) -> Ch
         }
     )
     kind = "log" if dimension.log_uniform else "category" if dimension.choice else "linear"
+    order = [worded(value) for value in dimension.choice or ()]
     layout = {
-        "xaxis": {"title": {"text": short(key, space.dimensions)}, "type": kind},
+        "xaxis": {
+            "title": {"text": short(key, space.dimensions)},
+            "type": kind,
+            **({"categoryorder": "array", "categoryarray": order} if order else {}),
+        },
         "yaxis": {"title": {"text": f"target at step {step}"}},
         "showlegend": True,
     }
     return chart(f"Target against {short(key, space.dimensions)}", traces, layout)
-
-
-def _shown(text: str) -> str:
-    return text.strip('"')

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from mlvicx_dist.config import Search
 from mlvicx_dist.tune.book import METRIC, TIME, Book
 from mlvicx_dist.tune.records import ENDED, Look, Record
-from mlvicx_dist.tune.space import Space
+from mlvicx_dist.tune.space import Space, new_study
 
 
 class PointSearch(Searcher):
@@ -49,10 +49,9 @@ class PointSearch(Searcher):
             given: From a trial to what Tune hands to its function.
         """
         super().__init__(metric=METRIC, mode="max")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._search, self._book = space, search, book
         self._first, self._given = first, given
-        self._study = optuna.create_study(direction="maximize")
+        self._study = new_study()
         self._asked: dict[str, tuple[int, optuna.Trial]] = {}
         known = book.records.all()
         self._again = [record.number for record in known if record.state not in ENDED]

@@ -153,6 +153,12 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
     return optuna.distributions.FloatDistribution(low, high, log=log)
 
 
+def new_study() -> optuna.Study:
+    """An empty study of Optuna's, whose targets are the better the higher; it says nothing."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(direction="maximize")
+
+
 def coded(value: Any) -> str:
     """A value of YAML as text, the same text for the same value."""
     return json.dumps(value, sort_keys=True)
@@ -239,15 +245,18 @@ def _leaves(tree: Any, prefix: str = "") -> list[str]:
 
 def described(point: Point) -> str:
     """A point in a few words."""
-    return ", ".join(
-        f"{short(key, point)} {f'{v:.3g}' if isinstance(v, float) else coded(v)}"
-        for key, v in point.items()
-    )
+    return ", ".join(f"{short(key, point)} {worded(value)}" for key, value in point.items())
+
+
+def worded(value: Any) -> str:
+    """A value in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else coded(value).strip('"')
 
 
 def short(key: str, keys: Iterable[str]) -> str:
-    """The shortest end of a dotted key that no other one of the keys ends in."""
+    """The shortest end of a dotted key that tells it from the other keys, and is no bare number."""
     parts = key.split(".")
     tails = (".".join(parts[-count:]) for count in range(1, len(parts)))
     others = [f".{other}" for other in keys if other != key]
-    return next((t for t in tails if not any(o.endswith(f".{t}") for o in others)), key)
+    named = (tail for tail in tails if not tail.isdigit())
+    return next((t for t in named if not any(o.endswith(f".{t}") for o in others)), key)

@@ -134,3 +134,4 @@ def test_a_point_in_words():
     point = {"loss.global.variance": 2.0, "loss.local.variance": 0.12345, "model.levels": [1, 2]}
     assert described(point) == "global.variance 2, local.variance 0.123, levels [1, 2]"
     assert short("model.levels", ["model.levels", "x.levels"]) == "model.levels"
+    assert short("loss.level_weights.1", ["loss.level_weights.1"]) == "level_weights.1"
