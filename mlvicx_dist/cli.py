@@ -85,11 +85,6 @@ def _parser() -> argparse.ArgumentParser:
         "sweep", _sweep, "try settings, judged by a probe; the same command again resumes"
     )
     _add_config(add)
-    add.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="go on with a sweep although its settings or data were others",
-    )
 
     add = command("evaluate", _evaluate, "probe a frozen encoder beside the same one untrained")
     add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
@@ -201,7 +196,7 @@ def _sweep(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.tune.launch import sweep
 
     config = load_as(SweepConfig, options.config, options.overrides)
-    outcome = sweep(config, accept_changes=options.accept_changes)
+    outcome = sweep(config)
     code = 128 + outcome.stopped_by if outcome.stopped_by else 0
     return Answer(outcome.document(), outcome.lines(), code)
 

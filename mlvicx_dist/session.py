@@ -154,7 +154,7 @@ def slots(needed: Mapping[str, float]) -> int:
         nodes = [
             dict(group.resources)
             for group in config.node_group_configs
-            for _ in range(min(group.max_count, MOST_NODES))
+            for _ in range(MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES))
         ]
     return sum(
         int(min(there.get(kind, 0) // amount for kind, amount in needed.items()))

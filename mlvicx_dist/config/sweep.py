@@ -67,6 +67,13 @@ class Asha(Settings):
     reduction: Annotated[float, Field(gt=1, le=16)] = 3.0
 
 
+def _no_test(*splits: str) -> None:
+    """A sweep chooses by what it sees: the test split must stay unseen."""
+    for name in splits:
+        if name.casefold().startswith("test"):
+            raise ValueError(f"'{name}' is a test split, which a sweep must not see; leave it out")
+
+
 class Target(Settings):
     """What trials are compared by, on images of the validation split; never the loss."""
 
@@ -89,11 +96,7 @@ class Target(Settings):
 
     @model_validator(mode="after")
     def _splits(self) -> Target:
-        for name in (self.train, self.val):
-            if name.casefold().startswith("test"):
-                raise ValueError(
-                    f"'{name}' is a test split, which a sweep must not see; name train and val"
-                )
+        _no_test(self.train, self.val)
         if self.train == self.val:
             raise ValueError("train and val must be two splits")
         return self
@@ -131,3 +134,13 @@ class SweepConfig(Settings):
     target: Target = Target()
     trials: Trials = Trials()
     confirm: Confirm = Confirm()
+
+    @model_validator(mode="after")
+    def _unseen(self) -> SweepConfig:
+        _no_test(*self.pretrain.data.splits)
+        if self.target.val in self.pretrain.data.splits:
+            raise ValueError(
+                f"pretrain.data.splits names '{self.target.val}', whose images judge the trials "
+                "and must not train them; leave it out"
+            )
+        return self

@@ -83,3 +83,7 @@ def _text(path: Place) -> str:
         return read_bytes(path).decode()
     except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise DataError(
+            f"{path}: the file cannot be read ({told(error)}); mend your access to it."
+        ) from None

@@ -94,7 +94,7 @@ def drive(
         }
         fit = _Fit(_trainer(config, plan, channel, folder))
         try:
-            with progress("training", total, "steps") as bar, _signals() as asked:
+            with progress("training", total, "steps") as bar, signals() as asked:
                 shown = _Shown(bar, heard)
                 growth = _Growth(config)
                 told, until_s = False, math.inf
@@ -226,7 +226,7 @@ class _Growth:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """The first SIGTERM or SIGINT that comes while the block runs, in a list."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -41,8 +41,20 @@ def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
     return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
 
 
-def check_fingerprint(run_dir: Place, wanted: dict[str, Any], *, accept: bool) -> str:
+def check_fingerprint(
+    run_dir: Place,
+    wanted: dict[str, Any],
+    *,
+    accept: bool | None = None,
+    what: tuple[str, str] = ("run", "run.name"),
+) -> str:
     """Refuse to go on with a run whose settings or data were others, unless it is accepted.
+
+    Args:
+        run_dir: Its folder.
+        wanted: Its fingerprint by the settings of today.
+        accept: Whether changes are accepted; None: they cannot be.
+        what: What it is, and the setting that gives its name.
 
     Returns:
         What changed, in words; nothing where nothing did.
@@ -66,10 +78,11 @@ def check_fingerprint(run_dir: Place, wanted: dict[str, Any], *, accept: bool) -
             "give this one another run.name, or train.init_from to start from its encoder."
         )
     if changed and not accept:
+        kind, key = what
+        accepted = ", or --accept-changes to go on with the new ones" if accept is False else ""
         raise CheckpointError(
-            f"{run_dir}: a run of this name was made with other settings ({named}); "
-            "give this one another run.name, or the old settings to go on with that one, or "
-            "--accept-changes to go on with the new ones."
+            f"{run_dir}: a {kind} of this name was made with other settings ({named}); "
+            f"give this one another {key}, or the old settings to go on with that one{accepted}."
         )
     return named
 

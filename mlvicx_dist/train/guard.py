@@ -38,8 +38,8 @@ class _Guard:
         return int(self._word)
 
 
-def guard(run_dir: str) -> Any:
-    """The run's guard, held by this process; it ends with it.
+def guard(run_dir: str, kind: str = "run", key: str = "run.name") -> Any:
+    """The guard of a run or a sweep, held by this process; it ends with it.
 
     Raises:
         ResourceError: another driver of the cluster holds it.
@@ -56,7 +56,7 @@ def guard(run_dir: str) -> Any:
     try:
         return ray.remote(_Guard).options(**options).remote()
     except ValueError:
-        raise taken(run_dir) from None
+        raise taken(run_dir, kind, key) from None
 
 
 class FromRay:

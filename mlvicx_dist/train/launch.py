@@ -150,8 +150,12 @@ def _environment(config: PretrainConfig, images: int) -> dict[str, Any]:
     }
 
 
-def check_model(config: PretrainConfig) -> None:
-    """Build the model without memory: a backbone or level that does not exist ends here."""
+def check_model(config: PretrainConfig) -> int:
+    """Build the model without memory, and count its parameters.
+
+    Raises:
+        ConfigError: the backbone or a level does not exist.
+    """
     import torch
 
     from mlvicx_dist.model.mlvicx import build_model
@@ -165,6 +169,7 @@ def check_model(config: PretrainConfig) -> None:
             f"loss.level_weights names level {min(off)}, but {config.model.backbone} has the "
             f"levels {', '.join(map(str, there))}; leave it out."
         )
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import Batch, Steps, batches
 from mlvicx_dist.stream.order import rank_shares
 from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.train.agreement import Agreement
 from mlvicx_dist.train.checkpoint import (
     load_encoder,
     local_copy,
@@ -44,7 +45,7 @@ from mlvicx_dist.train.checkpoint import (
     read_checkpoint,
 )
 from mlvicx_dist.train.metrics import Clock, Meter
-from mlvicx_dist.train.notices import Agreement, Notice, Notices, Regroup
+from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver

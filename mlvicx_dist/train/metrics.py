@@ -23,9 +23,11 @@ def effective_rank(features: torch.Tensor) -> float:
         features: Encoder outputs, [N, F].
 
     Returns:
-        A number between 1 and min(N, F).
+        A number between 1 and min(N, F); 0 where all outputs are zero.
     """
     values = torch.linalg.svdvals(features.double())
+    if not values.sum():
+        return 0.0
     share = values / values.sum() + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 

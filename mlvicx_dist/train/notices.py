@@ -1,17 +1,12 @@
-"""What a group of workers must hear at the same step: stop, or leave so that another group starts.
+"""What a group of workers may be told: stop, or leave so that another group starts.
 
-Rank 0 listens and gives its word at every step; all ranks hear it one step later, so that nobody
-ever waits for it. Then rank 0 saves, and no worker leaves before the checkpoint is whole.
+Without PyTorch, so that who only tells it stays a small process; `agreement` is the workers' side.
 """
 
 from __future__ import annotations
 
-from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Protocol
-
-import torch
-import torch.distributed as dist
+from typing import Protocol
 
 
 class Notice(IntEnum):
@@ -58,43 +53,3 @@ class NoNotices:
     def leaving(self) -> bool:
         """No."""
         return False
-
-
-class Agreement:
-    """Rank 0's word, heard by every rank at the same step, one step after it was given."""
-
-    def __init__(self, rank: int, world_size: int, *, timeout_s: float) -> None:
-        self.rank, self.world_size = rank, world_size
-        self._said = torch.zeros(1, dtype=torch.int64)
-        self._underway: Any = None
-        # A group of its own, on the CPU: its messages pass beside those of the gradients.
-        self._group: Any = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            if world_size > 1
-            else None
-        )
-
-    def heard(self, notices: Notices) -> Notice:
-        """Give this step's word and hear the last one; REGROUP and STOP mean to leave now."""
-        if self.world_size == 1:
-            word = notices.word()
-        else:
-            word = self._last_word()
-            self._said = torch.tensor([int(notices.word()) if self.rank == 0 else 0])
-            self._underway = dist.broadcast(self._said, 0, group=self._group, async_op=True)
-        if word is Notice.LOOK:
-            return Notice.REGROUP if notices.leaving() else Notice.NONE
-        return word
-
-    def _last_word(self) -> Notice:
-        if self._underway is None:
-            return Notice.NONE
-        self._underway.wait()
-        return Notice(int(self._said))
-
-    def together(self) -> None:
-        """Wait until every rank is here."""
-        if self._underway is not None:
-            self._underway.wait()
-        if self._group is not None:
-            dist.barrier(self._group)

@@ -26,17 +26,17 @@ class TakenError(ResourceError):
     """Another process has the run."""
 
 
-def taken(run_dir: Place | str) -> TakenError:
-    """The sentence for a second driver."""
+def taken(folder: Place | str, kind: str, key: str) -> TakenError:
+    """The sentence for a second driver of a run or a sweep, whose name the setting `key` gives."""
     return TakenError(
-        f"{run_dir}: another process is training this run; wait for it or stop it, "
-        "or give this one another run.name."
+        f"{folder}: another process is at work on this {kind}; wait for it or stop it, "
+        f"or give this one another {key}."
     )
 
 
 @contextmanager
-def only_driver(run_dir: Place) -> Iterator[None]:
-    """One driver a run: a lock that the system releases when its owner dies.
+def only_driver(run_dir: Place, kind: str = "run", key: str = "run.name") -> Iterator[None]:
+    """One driver a run or sweep: a lock that the system releases when its owner dies.
 
     It reaches as far as the file system does; drivers of one cluster are kept apart by the guard.
 
@@ -51,7 +51,7 @@ def only_driver(run_dir: Place) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise taken(run_dir) from None
+        raise taken(run_dir, kind, key) from None
     try:
         yield
     finally:

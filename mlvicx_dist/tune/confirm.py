@@ -8,30 +8,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from ray import tune
+from ray.tune import Callback
 from scipy.special import stdtrit
 
 from mlvicx_dist.config import Bootstrap, SweepConfig
 from mlvicx_dist.errors import TrainingError
-from mlvicx_dist.evaluate.embed import Embeddings, embed_samples
+from mlvicx_dist.evaluate.embed import embed_samples
 from mlvicx_dist.evaluate.metrics import bootstrap_auroc, over_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
-from mlvicx_dist.storage import Place, write_whole
+from mlvicx_dist.progress import Progress, progress, say
+from mlvicx_dist.storage import Place, read_bytes, write_whole
 from mlvicx_dist.train.checkpoint import load_encoder
 from mlvicx_dist.train.launch import writing
 from mlvicx_dist.train.metrics import effective_rank
+from mlvicx_dist.tune.plan import Plan
 from mlvicx_dist.tune.records import Record, remove_checkpoints
-from mlvicx_dist.tune.runner import run_tune
-from mlvicx_dist.tune.space import Space
-from mlvicx_dist.tune.target import choose, common_labels, judged_shards
+from mlvicx_dist.tune.runner import Stop, run_tune
+from mlvicx_dist.tune.target import Chosen, common_labels, parts_of_confirm
 
 SIDES = ("best", "default")
+FILE = "confirm.json"
+DIVERGED = "a run diverged: "
 
 
 @dataclass(frozen=True)
@@ -75,76 +80,100 @@ class Confirmed:
         )
 
 
-def confirm(
-    config: SweepConfig,
-    space: Space,
-    leader: Record,
-    folder: Place,
-    *,
-    at_once: int,
-    say: Callable[[str], None],
-) -> Confirmed | None:
+def confirm(plan: Plan, leader: Record, stop: Stop, *, at_once: int) -> Confirmed | None:
     """Train both configurations with fresh seeds and compare them; written to `confirm.json`.
 
-    What an earlier start has trained is not trained again.
+    What an earlier start has trained or compared is not done again.
 
     Args:
-        config: The settings.
-        space: Of the sweep.
-        leader: The best trial.
-        folder: Of the sweep.
+        plan: The sweep.
+        leader: Its best trial.
+        stop: Ends the training.
         at_once: How many runs at a time.
-        say: Called with what is done next.
 
     Returns:
-        The comparison; None where no seeds are asked for.
+        The comparison; None where no seeds are asked for, it was stopped, or a side diverged.
 
     Raises:
         TrainingError: a run could not be finished.
     """
-    from ray import tune
-
-    seeds = [space.base.train.seed + 1 + k for k in range(config.confirm.seeds)]
-    if not seeds:
-        return None
-    runs = folder / "confirm"
+    config, base = plan.config, plan.space.base
+    seeds = [base.train.seed + 1 + k for k in range(config.confirm.seeds)]
+    known = _known(plan.folder / FILE)
+    if not seeds or (known and (known.trial, known.seeds) == (leader.number, seeds)):
+        return known if seeds else None
+    runs = plan.folder / "confirm"
     # Another best trial, once there are more trials, has runs of its own.
     sides = {"best": (f"trial-{leader.name}", leader.point), "default": ("default", {})}
     trees: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for side, (name, point) in sides.items():
         for seed in seeds:
-            tree = space.settings(point, name=f"{name}-seed-{seed}", storage_path=str(runs))
+            run = f"{name}-seed-{seed}"
+            tree = plan.space.settings(point, name=run, storage_path=str(runs))
             tree["train"]["seed"] = seed
             trees[side].append(tree)
     every = [tree for side in sides for tree in trees[side]]
-    say(f"training the best and the default configuration anew, {len(seeds)} seeds each")
-    results = run_tune(
-        {"settings": tune.grid_search(every), "target": None},
-        samples=1,
-        at_once=at_once,
-        max_failures=config.trials.max_failures,
-    )
-    for result in results:
-        metrics = result.metrics or {}
-        cause = metrics.get("failed") or metrics.get("diverged") or result.error
-        if cause:
+    causes = _train(plan, every, stop, at_once=at_once)
+    if stop.asked:
+        return None
+    if causes:
+        words = f"best and default cannot be compared, since {causes[0].rstrip('.')}"
+        if not causes[0].startswith(DIVERGED):
             raise TrainingError(
-                f"{runs}: the comparison of best and default could not be made, since a run ended "
-                f"with: {str(cause).strip().splitlines()[-1].rstrip('.')}; run the same command "
-                "again, or set confirm.seeds=0 to go without."
+                f"{runs}: {words}; run the same command again, or set confirm.seeds=0."
             )
+        say(f"{words}.")
+        return None
     encoders = {
-        side: [load_encoder(runs / t["run"]["name"]) for t in trees[side]] for side in sides
+        side: [load_encoder(runs / tree["run"]["name"]) for tree in trees[side]] for side in sides
     }
     confirmed = compared(config, leader.number, seeds, encoders)
-    with writing(folder, "storage_path"):
-        write_whole(
-            folder / "confirm.json", (json.dumps(asdict(confirmed), indent=1) + "\n").encode()
-        )
+    with writing(plan.folder, "storage_path"):
+        text = json.dumps(asdict(confirmed), indent=1) + "\n"
+        write_whole(plan.folder / FILE, text.encode())
     for tree in every:
         # The exports stay.
         remove_checkpoints(runs / tree["run"]["name"])
     return confirmed
+
+
+def _train(plan: Plan, trees: Sequence[dict[str, Any]], stop: Stop, *, at_once: int) -> list[str]:
+    """Run trainings to their end; why some of them did not come to it."""
+    with progress("training best and default anew", len(trees), "runs") as bar:
+        results = run_tune(
+            {"settings": tune.grid_search(list(trees)), "target": None},
+            stop=stop,
+            samples=1,
+            at_once=at_once,
+            max_failures=plan.config.trials.max_failures,
+            callbacks=[_Count(bar)],
+        )
+    causes = []
+    for result in results:
+        metrics = result.metrics or {}
+        if result.error:
+            causes.append(str(result.error).strip().splitlines()[-1])
+        elif "cause" in metrics:
+            diverged = DIVERGED if metrics["state"] == "diverged" else ""
+            causes.append(diverged + str(metrics["cause"]))
+        elif metrics.get("step") != plan.total:
+            causes.append("a run did not come to its end")
+    return causes
+
+
+class _Count(Callback):
+    """Counts runs that ended."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks to a file that nobody reads.
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """One more."""
+        self._bar.advance()
 
 
 def compared(
@@ -153,18 +182,18 @@ def compared(
     """The targets of both sides' encoders on the patients held back, and their difference."""
     settings = config.target
     every = [encoder for side in SIDES for encoder in encoders[side]]
-    held = _embedded(config, every, settings.val, held_back=True)
-    patients = held.patients()
+    parts = parts_of_confirm(settings, config.pretrain)
+    about = {name: [one for _, one in chosen] for name, (_, chosen) in parts.items()}
+    held = about["held back"]
+    patients = np.array([f"{one['source']}/{one['patient']}" for one in held])
+    features = {name: _embedded(config, every, part) for name, part in parts.items()}
     draws: np.ndarray | None = None
     if settings.kind == "effective_rank":
-        values = [effective_rank(torch.from_numpy(x)) for x in held.features]
+        values = [effective_rank(torch.from_numpy(x)) for x in features["held back"]]
     else:
-        train = _embedded(config, every, settings.train, held_back=None)
-        judged = _embedded(config, every, settings.val, held_back=False)
-        parts = {"training": train, "judged": judged, "held-back": held}
-        labels = common_labels(settings, {name: part.about for name, part in parts.items()})
+        labels = common_labels(settings, about)
         values, drawn = [], []
-        for x, y, z in zip(train.features, judged.features, held.features, strict=True):
+        for x, y, z in zip(*features.values(), strict=True):
             if settings.kind == "knn":
                 scores = knn_scores(x, labels[0], z, settings=settings.knn)
             else:
@@ -192,7 +221,7 @@ def compared(
         low,
         high,
         config.confirm.bootstrap.confidence,
-        len(patients),
+        len(held),
         len(np.unique(patients)),
     )
 
@@ -222,18 +251,28 @@ def interval(
     return difference - reach, difference + reach
 
 
-def _embedded(
-    config: SweepConfig, encoders: Sequence[Encoder], split: str, *, held_back: bool | None
-) -> Embeddings:
-    settings, base = config.target, config.pretrain
-    shards = judged_shards(settings, base, split)
-    chosen = choose(shards, settings, held_back=held_back, most=settings.images)
-    return embed_samples(
-        encoders,
-        shards,
-        [sample for sample, _ in chosen],
-        size_px=base.views.image_size_px,
-        batch_size=settings.batch_size,
-        loader_workers=base.data.loader_workers,
-        use_gpu=False,
-    )
+def _embedded(config: SweepConfig, encoders: Sequence[Encoder], part: Chosen) -> list[np.ndarray]:
+    """The embeddings of chosen images by each encoder, at the size that it was pretrained at."""
+    shards, chosen = part
+    features: dict[int, np.ndarray] = {}
+    for size_px in {encoder.image_size_px for encoder in encoders}:
+        places = [k for k, encoder in enumerate(encoders) if encoder.image_size_px == size_px]
+        embeddings = embed_samples(
+            [encoders[k] for k in places],
+            shards,
+            [sample for sample, _ in chosen],
+            size_px=size_px,
+            batch_size=config.target.batch_size,
+            loader_workers=config.pretrain.data.loader_workers,
+            use_gpu=False,
+        )
+        features |= dict(zip(places, embeddings.features, strict=True))
+    return [features[k] for k in range(len(encoders))]
+
+
+def _known(path: Place) -> Confirmed | None:
+    """An earlier comparison."""
+    try:
+        return Confirmed(**json.loads(read_bytes(path)))
+    except (OSError, ValueError, TypeError):
+        return None

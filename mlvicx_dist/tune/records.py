@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import (
     Place,
+    insist,
     is_local,
     make_folder,
     reaching,
@@ -123,11 +124,16 @@ class Records:
         return records
 
     def write(self, record: Record) -> None:
-        """Keep a record and write it."""
+        """Keep a record and write it.
+
+        Raises:
+            OSError: it cannot be written; it is kept.
+        """
         self.by_number[record.number] = record
         folder = self.folder / record.name
         make_folder(folder)
-        write_whole(folder / "trial.json", (json.dumps(asdict(record), indent=1) + "\n").encode())
+        text = json.dumps(asdict(record), indent=1) + "\n"
+        insist(folder, lambda: write_whole(folder / "trial.json", text.encode()), None)
 
     def all(self) -> list[Record]:
         """By number."""

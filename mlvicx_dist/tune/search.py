@@ -112,11 +112,14 @@ class PointSearch(Searcher):
 
     def _ended(self, record: Record) -> optuna.trial.FrozenTrial:
         """A record as a trial of Optuna's."""
+        # One that diverged is to Optuna one that was pruned at once: the worst there is.
         states = {
             "finished": optuna.trial.TrialState.COMPLETE,
             "pruned": optuna.trial.TrialState.PRUNED,
+            "diverged": optuna.trial.TrialState.PRUNED,
         }
         state = states.get(record.state, optuna.trial.TrialState.FAIL)
+        looks = () if record.state == "diverged" else record.looks
         parameters = self._space.parameters(record.point)
         distributions = self._space.distributions()
         return optuna.trial.create_trial(
@@ -124,9 +127,7 @@ class PointSearch(Searcher):
             value=record.target if state == optuna.trial.TrialState.COMPLETE else None,
             params=parameters,
             distributions={key: distributions[key] for key in parameters},
-            intermediate_values={
-                look.step: look.target for look in record.looks if math.isfinite(look.target)
-            },
+            intermediate_values={look.step: look.target for look in looks},
         )
 
 
@@ -139,7 +140,6 @@ class Rungs(AsyncHyperBandScheduler):
     """
 
     def __init__(self, book: Book, *, total: int, grace_steps: int, reduction: float) -> None:
-        # No rung at the last step: a trial that reaches it ends by itself, its encoder saved.
         super().__init__(
             time_attr=TIME,
             metric=METRIC,
@@ -164,6 +164,9 @@ class Rungs(AsyncHyperBandScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether a trial goes on; one that does not is written down as pruned."""
         decision: str = super().on_trial_result(tune_controller, trial, result)
+        if result[TIME] >= self._book.total:
+            # It ends by itself, once its encoder is saved.
+            return str(self.CONTINUE)
         if decision == self.STOP:
             self._book.pruned.add(trial.config["number"])
         return decision
@@ -171,9 +174,3 @@ class Rungs(AsyncHyperBandScheduler):
     def _hear(self, trial: Any, looks: Sequence[Look]) -> None:
         for look in looks:
             super().on_trial_result(None, trial, {TIME: look.step, METRIC: look.target})
-
-
-def grace(total: int, warmup_steps: int, every: int, wanted: int | None) -> int:
-    """The step of the first rung: where a look is, and not before the warm-up's end."""
-    least = wanted if wanted is not None else max(total // 9, math.ceil(warmup_steps))
-    return min(max(math.ceil(least / every), 1) * every, total)

@@ -1,15 +1,16 @@
 """The space of a sweep: which settings are looked for, where, and what one point of it means.
 
-A point is a flat mapping from dotted keys to values. A weight of a level is in it only where that
-level is on and has a term of its own: what has no effect is not looked for.
+A point is a flat mapping from dotted keys to values. What has no effect is not in it: a weight of a
+level that is off or has no term of its own, and without any level all that is local.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ MAY_VARY = re.compile(
     r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over)$"
 )
 """What makes trials other than each other, yet leaves a step of one the step of another."""
+LOCAL = re.compile(r"^(loss\.local\.|loss\.lambda_local$|loss\.level_weights\.|model\.local\.)")
 LEVEL_WEIGHT = re.compile(r"^loss\.level_weights\.(\d+)$")
 FUSION, LEVELS = "model.local.fusion", "model.levels"
 
@@ -42,7 +44,7 @@ class Space:
 
     Attributes:
         base: The settings of a trial with nothing changed.
-        dimensions: By dotted key; weights of levels come last.
+        dimensions: By dotted key; those that others depend on come first.
     """
 
     base: PretrainConfig
@@ -137,12 +139,40 @@ class Space:
         return True
 
     def _has_effect(self, key: str, point: Point) -> bool:
-        match = LEVEL_WEIGHT.match(key)
-        if not match:
-            return True
         levels = point.get(LEVELS, self.base.model.levels)
+        if LOCAL.match(key) and not levels:
+            return False
+        match = LEVEL_WEIGHT.match(key)
         fusion = point.get(FUSION, self.base.model.local.fusion)
-        return fusion == "per_level" and (levels == "all" or int(match[1]) in levels)
+        return not match or (fusion == "per_level" and _is_on(int(match[1]), levels))
+
+    def level_weights(self) -> Iterator[tuple[str, float, Any]]:
+        """For each end of each weight of a level: its key, its value and a level set that has it.
+
+        Raises:
+            ConfigError: no such level set, or no terms of levels, are ever tried.
+        """
+        for key, dimension in self.dimensions.items():
+            match = LEVEL_WEIGHT.match(key)
+            if not match:
+                continue
+            if "per_level" not in self._tried(FUSION, self.base.model.local.fusion):
+                raise ConfigError(
+                    f"space.{key}: levels have terms of their own only where model.local.fusion is "
+                    "per_level, which this space never tries; add it or leave the weight out."
+                )
+            sets = self._tried(LEVELS, self.base.model.levels)
+            having = [levels for levels in sets if _is_on(int(match[1]), levels)]
+            if not having:
+                raise ConfigError(
+                    f"space.{key}: level {match[1]} is in none of the level sets; add it to one or "
+                    "leave the weight out."
+                )
+            for value in _ends(dimension):
+                yield key, value, having[0]
+
+    def _tried(self, key: str, base: Any) -> list[Any]:
+        return self.dimensions[key].choice or [] if key in self.dimensions else [base]
 
 
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
@@ -171,7 +201,11 @@ def open_space(config: SweepConfig) -> Space:
         ConfigError: a key does not exist or may not vary, a value is not allowed, or a weight is
             of a level that is never on.
     """
-    keys = sorted(config.space, key=lambda key: bool(LEVEL_WEIGHT.match(key)))
+    # What others depend on is drawn first.
+    keys = sorted(
+        config.space,
+        key=lambda key: (key != LEVELS, key != FUSION, bool(LEVEL_WEIGHT.match(key))),
+    )
     for shorter, longer in itertools.permutations(keys, 2):
         if longer.startswith(shorter + "."):
             raise ConfigError(
@@ -192,11 +226,28 @@ def open_space(config: SweepConfig) -> Space:
                 f"space.{key}: trials must be alike in it to be compared; vary settings below "
                 "loss, model and views, or the optimizer's."
             )
-        for value in dimension.choice or dimension.log_uniform or dimension.uniform or ():
+        for value in [*_ends(dimension), *_between(dimension)]:
             _check_value(space, key, value)
-    for key in space.dimensions:
-        _check_level_weight(space, key)
+    # Raises where a weight can have no effect.
+    list(space.level_weights())
     return space
+
+
+def _ends(dimension: Dimension) -> list[Any]:
+    """The values of a choice, or the ends of a range."""
+    return list(dimension.choice or dimension.log_uniform or dimension.uniform or ())
+
+
+def _between(dimension: Dimension) -> list[float]:
+    """A number inside of a range that is not whole: a setting that counts does not take it."""
+    if dimension.choice is not None:
+        return []
+    low, high = _ends(dimension)
+    return [low + (high - low) / math.pi]
+
+
+def _is_on(level: int, levels: Any) -> bool:
+    return levels == "all" or level in levels
 
 
 def _check_value(space: Space, key: str, value: Any) -> None:
@@ -208,30 +259,10 @@ def _check_value(space: Space, key: str, value: Any) -> None:
         Space(bare, {}).config({key: value})
     except ConfigError as error:
         words = str(error).removeprefix("space: ")
-        raise ConfigError(f"space.{key}: {value!r} cannot be tried, since {words}") from None
-
-
-def _check_level_weight(space: Space, key: str) -> None:
-    match = LEVEL_WEIGHT.match(key)
-    if not match:
-        return
-    fusions, sets = (
-        space.dimensions[name].choice or [] if name in space.dimensions else [base]
-        for name, base in (
-            (FUSION, space.base.model.local.fusion),
-            (LEVELS, space.base.model.levels),
-        )
-    )
-    if "per_level" not in fusions:
+        whole = "; give whole numbers as choice: [...]" if "integer" in words else ""
         raise ConfigError(
-            f"space.{key}: levels have terms of their own only where model.local.fusion is "
-            "per_level, which this space never tries; add it or leave the weight out."
-        )
-    if not any(levels == "all" or int(match[1]) in levels for levels in sets):
-        raise ConfigError(
-            f"space.{key}: level {match[1]} is in none of the level sets; add it to one or leave "
-            "the weight out."
-        )
+            f"space.{key}: {value!r} cannot be tried, since {words.rstrip('.')}{whole}."
+        ) from None
 
 
 def _leaves(tree: Any, prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -51,6 +52,10 @@ class _Live(Table):
     def __init__(self, records: Records, live: Live, *, trials: int, total: int) -> None:
         super().__init__(records, trials=trials, total=total)
         self._live = live
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks, and what they lead to, to a file that nobody reads.
+        return {key: value for key, value in self.__dict__.items() if key != "_live"}
 
     def look(self, record: Record, leader: Record | None) -> None:
         self._live.update(drawn(self.records.all(), trials=self.trials, total=self.total))

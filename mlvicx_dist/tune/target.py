@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mlvicx_dist.config import PretrainConfig, Target, parse_config, to_tree
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.config import PretrainConfig, Target, to_tree
+from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate.embed import WholeImages, labels_of
 from mlvicx_dist.evaluate.evaluation import class_names, usable_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
@@ -29,8 +29,6 @@ from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.loop import Member
 from mlvicx_dist.train.metrics import effective_rank
-
-FAR = 2**64
 
 
 class Judge:
@@ -42,10 +40,10 @@ class Judge:
         Raises:
             DataError: a split is not there or has too few images, or no class can be judged.
         """
+        began_s = time.monotonic()
         self._settings, self._member = settings, member
         self._size_px = config.views.image_size_px
         self._images: torch.Tensor | None = None
-        self._looked_s, self._began_s = 0.0, time.monotonic()
         labelled = settings.kind != "effective_rank"
         splits = [settings.train, settings.val] if labelled else [settings.val]
         self._chosen: list[tuple[WholeImages, int]] = []
@@ -60,15 +58,25 @@ class Judge:
         self._cut = len(about[splits[0]])
         if labelled:
             self._labels = common_labels(settings, about)
+        self._began_s, self._looked_s = began_s, time.monotonic() - began_s
 
     def due(self, done: int) -> bool:
         """Every so many steps."""
         return done % self._settings.every_steps == 0
 
     def __call__(self, model: MLVICX) -> dict[str, float]:
-        """The target, and seconds of this worker: in all, and those that were looks."""
+        """The target, and seconds of this worker: in all, and those that were looks.
+
+        Raises:
+            DivergenceError: the embeddings are not finite.
+        """
         began_s = time.monotonic()
         features = self._gathered(self._embed(model))
+        if not np.isfinite(features).all():
+            raise DivergenceError(
+                "the embeddings are not finite: the weights diverged; try a lower "
+                "train.learning_rate_per_256 or more train.warmup_epochs."
+            )
         target = self._target(features) if self._member.rank == 0 else 0.0
         now = time.monotonic()
         self._looked_s += now - began_s
@@ -179,8 +187,34 @@ def choose(
 def is_held_back(one: dict[str, Any], share: float) -> bool:
     """Whether an image's patient is kept for the last word; the same answer for all its images."""
     patient = f"{one['source']}/{one['patient']}".encode()
-    number = int.from_bytes(hashlib.blake2b(patient, digest_size=8).digest(), "big")
-    return number < share * FAR
+    digest = hashlib.blake2b(patient, digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < share
+
+
+Chosen = tuple[ShardSet, list[tuple[int, dict[str, Any]]]]
+
+
+def parts_of_confirm(settings: Target, config: PretrainConfig) -> dict[str, Chosen]:
+    """What the last word is said on: images that teach the probe, that tune it, that judge it.
+
+    Returns:
+        `training` (none of them for a target without labels), `judged` and `held back`: open
+        shards, and the chosen samples with what is known of each.
+
+    Raises:
+        DataError: a part is too small, or no class has both labels in all of them.
+        ConfigError: a class does not exist.
+    """
+    sides = {"training": (settings.train, None), "judged": (settings.val, False)}
+    if settings.kind == "effective_rank":
+        sides = {}
+    parts: dict[str, Chosen] = {}
+    for name, (split, side) in {**sides, "held back": (settings.val, True)}.items():
+        shards = judged_shards(settings, config, split)
+        parts[name] = shards, choose(shards, settings, held_back=side, most=settings.images)
+    if sides:
+        common_labels(settings, {n: [one for _, one in part] for n, (_, part) in parts.items()})
+    return parts
 
 
 def common_labels(
@@ -202,16 +236,9 @@ def common_labels(
     if not kept:
         reason = next(iter(left_out.values()), "they have no labels")
         raise DataError(
-            f"no class has both labels among the images of {settings.train} and {settings.val} "
-            f"that trials are judged on ({reason}); name labelled shards with target.shards, or "
-            "judge without labels by target.kind: effective_rank."
+            f"no class has both labels among the images of each of {', '.join(about)} ({reason}); "
+            "name larger or labelled shards with target.shards, or judge without labels by "
+            "target.kind: effective_rank."
         )
     columns = [names.index(name) for name in kept]
     return [values[:, columns] for values in labels.values()]
-
-
-def settings_of(tree: dict[str, Any]) -> PretrainConfig:
-    """The settings of a trial from their tree."""
-    config = parse_config(tree, "the trial's settings")
-    assert isinstance(config, PretrainConfig)
-    return config

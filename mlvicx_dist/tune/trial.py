@@ -12,13 +12,13 @@ from typing import Any
 
 from ray import tune
 
-from mlvicx_dist.config import Target
+from mlvicx_dist.config import PretrainConfig, Target, parse_config
 from mlvicx_dist.errors import DivergenceError, UserError
 from mlvicx_dist.storage import place
-from mlvicx_dist.train.launch import pretrain
+from mlvicx_dist.train.launch import Outcome, pretrain
 from mlvicx_dist.train.owner import TakenError
 from mlvicx_dist.train.runlog import read_rows
-from mlvicx_dist.tune.target import judged_by, settings_of
+from mlvicx_dist.tune.target import judged_by
 
 GOODBYE_S = 60.0
 """How long a process of this trial that was just killed may still hold its run."""
@@ -32,35 +32,31 @@ def run_trial(given: dict[str, Any]) -> None:
     Args:
         given: `settings`, and `target` or None, as trees.
     """
-    config = settings_of(given["settings"])
     judge = judged_by(Target.model_validate(given["target"])) if given["target"] else None
-    step = 0
+    step = looked = 0
 
     def heard(row: dict[str, Any]) -> None:
-        nonlocal step
+        nonlocal step, looked
         step = max(step, int(row.get("step", 0)))
         if "target" in row:
+            looked = step
             tune.report(look_of(row))
 
-    until_s = time.monotonic() + GOODBYE_S
     try:
-        while True:
-            try:
-                outcome = pretrain(config, judge=judge, heard=heard)
-                break
-            except TakenError:
-                if time.monotonic() > until_s:
-                    raise
-                time.sleep(1.0)
+        config = parse_config(given["settings"], "the trial's settings")
+        assert isinstance(config, PretrainConfig)
+        outcome = _insist(config, judge, heard)
     except UserError as error:
-        kind = "diverged" if isinstance(error, DivergenceError) else "failed"
-        tune.report({"step": step, "target": math.nan, kind: str(error)})
+        state = "diverged" if isinstance(error, DivergenceError) else "failed"
+        tune.report({"step": step, "target": math.nan, "state": state, "cause": str(error)})
         return
-    if outcome.already_finished or judge is None:
-        rows = read_rows(place(outcome.run_dir) / "metrics.jsonl") if judge else []
-        looks = [look_of(row) for row in rows if "target" in row]
-        for look in looks or [{"step": outcome.steps, "target": math.nan}]:
-            tune.report(look)
+    if judge is None:
+        tune.report({"step": outcome.steps, "target": math.nan})
+    elif looked < outcome.steps:
+        # An earlier start came to the end and could not say so.
+        for row in read_rows(place(outcome.run_dir) / "metrics.jsonl"):
+            if "target" in row and row["step"] > looked:
+                tune.report(look_of(row))
 
 
 def look_of(row: dict[str, Any]) -> dict[str, float]:
@@ -71,3 +67,15 @@ def look_of(row: dict[str, Any]) -> dict[str, float]:
         "trained_s": row["target/trained_s"],
         "looked_s": row["target/looked_s"],
     }
+
+
+def _insist(config: PretrainConfig, judge: Any, heard: Any) -> Outcome:
+    """Pretrain, once a process of this trial that was just killed has let the run go."""
+    until_s = time.monotonic() + GOODBYE_S
+    while True:
+        try:
+            return pretrain(config, judge=judge, heard=heard)
+        except TakenError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(1.0)

@@ -153,7 +153,7 @@ def test_a_cluster_whose_nodes_come_and_go(attacked, laptop, s3_server, steps_pe
     second.start()
     code, _ = second.ends()
     assert code == 2
-    assert "another process is training this run" in second.words()
+    assert "another process is at work on this run" in second.words()
 
     # A node is to be taken away: the group leaves it in time, without a step done again.
     seconds, again = run.recovers(lambda: laptop.drain(2, 60), within=90)

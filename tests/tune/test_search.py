@@ -1,17 +1,23 @@
 """Search and rungs over the records: what a start decides is what it would have decided before."""
 
 import math
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
+from ray.tune.experiment.trial import Trial
 from test_space import LOG, sweep
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.tune.book import Book
+from mlvicx_dist.tune.plan import grace
 from mlvicx_dist.tune.records import Look, Records, best
-from mlvicx_dist.tune.search import PointSearch, Rungs, grace
+from mlvicx_dist.tune.runner import Stop
+from mlvicx_dist.tune.search import PointSearch, Rungs
 from mlvicx_dist.tune.space import open_space
-from mlvicx_dist.tune.table import Table
+from mlvicx_dist.tune.table import Table, shown
 
 TOTAL = 90
 
@@ -22,7 +28,9 @@ class Bench:
     def __init__(self, folder, config=None, first=()):
         self.config = config or sweep({"loss.lambda_local": LOG, "loss.local.variance": LOG})
         self.records = Records.read(folder)
-        self.book = Book(self.records, Table(self.records, trials=9, total=TOTAL), total=TOTAL)
+        self.stop = Stop([])
+        table = Table(self.records, trials=9, total=TOTAL)
+        self.book = Book(self.records, table, self.stop, total=TOTAL)
         self.search = PointSearch(
             open_space(self.config),
             self.config.search,
@@ -127,21 +135,27 @@ def test_first_points_are_tried_first(tmp_path):
 
 def test_how_trials_end(tmp_path):
     bench = Bench(tmp_path)
-    for _ in range(5):
+    for _ in range(6):
         bench.begin()
     bench.look(0, TOTAL, 0.8)
     bench.look(1, 10, 0.9)
-    bench.look(2, 10, math.nan, diverged="step 9: the loss is nan.")
+    bench.look(2, 10, math.nan, state="diverged", cause="step 9: the loss is nan.")
     bench.end(2)
-    bench.look(3, 10, 0.95)
-    bench.end(3)
     bench.end(4, error=True)
+    (tmp_path / "error").write_bytes(cloudpickle.dumps(OSError("gone")))
+    assert hasattr(Trial, "pickled_error_file")
     bench.book.on_trial_error(
-        0, [], SimpleNamespace(config={"number": 4}, get_error=lambda: OSError("gone"))
+        0, [], SimpleNamespace(config={"number": 4}, pickled_error_file=tmp_path / "error")
     )
+    bench.look(5, 10, 0.95)
+    bench.end(5)
+    bench.look(3, 10, 0.95)
+    bench.stop.asked.append(signal.SIGTERM)
+    bench.end(3)
     records = Records.read(tmp_path)
     states = {record.number: record.state for record in records.all()}
-    # Trial 3 was only interrupted.
+    # Trial 3 was only interrupted, trial 5 ended without a word.
+    assert states.pop(5) == "failed" and "without a look" in records.by_number[5].cause
     assert states == {0: "finished", 1: "running", 2: "diverged", 3: "running", 4: "failed"}
     assert (
         records.by_number[2].cause == "step 9: the loss is nan." and not records.by_number[2].looks
@@ -149,7 +163,41 @@ def test_how_trials_end(tmp_path):
     assert records.by_number[4].cause == "gone"
     again = Bench(tmp_path)
     # What diverged is not tried again; what failed is, since its cause may be mended.
-    assert [again.begin()["number"] for _ in range(4)] == [1, 3, 4, 5]
+    assert [again.begin()["number"] for _ in range(5)] == [1, 3, 4, 5, 6]
+
+
+def test_no_rung_stops_a_trial_at_its_last_step(tmp_path):
+    """Its process would be killed before its encoder is saved."""
+    bench = Bench(tmp_path)
+    bench.rungs = Rungs(bench.book, total=TOTAL, grace_steps=TOTAL, reduction=3)
+    for number, target in enumerate([0.9, 0.8, 0.7]):
+        bench.begin()
+        assert bench.look(number, TOTAL, target)
+    assert [record.state for record in bench.records.all()] == ["finished"] * 3
+
+
+def test_a_record_that_cannot_be_written_stops_the_sweep_and_no_trial_fails(tmp_path):
+    bench = Bench(tmp_path / "sweep")
+    bench.begin()
+    assert not bench.stop.stop_all()
+    (tmp_path / "sweep" / "0000" / "trial.json").unlink()
+    (tmp_path / "sweep" / "0000").rmdir()
+    (tmp_path / "sweep" / "0000").touch()
+    bench.look(0, 10, 0.5)
+    assert bench.stop.stop_all()
+    assert "what is known of trial 0000 cannot be written" in str(bench.stop.error)
+    assert bench.records.by_number[0].reached == 10
+
+
+def test_what_tune_pickles_can_be_pickled_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bench = Bench(tmp_path)
+    with shown(bench.records, trials=9, total=TOTAL) as table:
+        assert type(table) is not Table
+        bench.book = Book(bench.records, table, bench.stop, total=TOTAL)
+        cloudpickle.dumps(bench.book)
+        bench.book.begin(0, {"loss.lambda_local": 1.0})
+        table.look(bench.records.by_number[0], None)
 
 
 def test_a_step_that_was_done_again_counts_once(tmp_path):

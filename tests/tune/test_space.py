@@ -14,11 +14,12 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 LOG = {"log_uniform": [0.1, 10]}
 
 
-def sweep(space, **others):
+def sweep(space, splits=("train",), **others):
+    data = {"shards": [{"path": "shards"}], "splits": list(splits)}
     tree = {
         "kind": "sweep",
         "name": "small",
-        "pretrain": {"data": {"shards": [{"path": "shards"}]}, **small_tree()},
+        "pretrain": {"data": data, **small_tree()},
         "space": space,
         **others,
     }
@@ -53,6 +54,20 @@ def test_a_weight_is_looked_for_only_where_its_level_is_on():
         assert config.loss.level_weights == ({1: point["loss.level_weights.1"]} if weighted else {})
         seen.add((str(levels), fusion))
     assert len(seen) == 6
+
+
+def test_without_levels_nothing_local_is_looked_for():
+    space = open_space(
+        sweep(
+            {
+                "loss.lambda_local": {"choice": [1, 2]},
+                "model.local.fusion": {"choice": ["sum", "per_level"]},
+                "model.levels": {"choice": [[], [1]]},
+            }
+        )
+    )
+    points = space.grid()
+    assert len(points) == 5 and {"model.levels": []} in points
 
 
 def test_draws_are_log_uniform():
@@ -107,6 +122,7 @@ def test_what_another_sweep_tried_is_taken_where_it_fits():
         ({"model.local.fusion": {"choice": ["add"]}}, "'add' cannot be tried"),
         ({"loss.lambda_local": {"log_unifrom": [1, 2]}}, "did you mean 'log_uniform'"),
         ({"loss.level_weights.1": LOG}, "never tries"),
+        ({"model.projector.width": {"uniform": [8, 32]}}, "give whole numbers as choice"),
         (
             {
                 "loss.level_weights.0": LOG,
@@ -122,6 +138,12 @@ def test_each_refusal_is_a_sentence(space, words):
         open_space(sweep(space))
     assert words in str(refused.value)
     assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("splits", [["train", "test_list"], ["train", "val"]])
+def test_trials_are_not_trained_on_what_judges(splits):
+    with pytest.raises(ConfigError, match=r"test split|must not train them"):
+        sweep({"loss.lambda_local": LOG}, splits=splits)
 
 
 @pytest.mark.parametrize("target", [{"val": "test"}, {"train": "Test-A"}, {"val": "train"}])

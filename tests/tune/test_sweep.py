@@ -13,10 +13,12 @@ import yaml
 from small import small_tree
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.config import PretrainConfig, load_as
+from mlvicx_dist.config import PretrainConfig, load_as, parse_config
 from mlvicx_dist.session import ray_session
-from mlvicx_dist.tune.records import Records
+from mlvicx_dist.tune.plan import make_plan
+from mlvicx_dist.tune.records import Look, Record, Records
 
+PER_LEVEL = {"model.local.fusion": {"choice": ["per_level"]}}
 LOUD = 1e30
 """A learning rate that no weights survive."""
 
@@ -154,6 +156,21 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
         ({"target__every_steps": 1000}, "a trial has 16 steps"),
         ({"target__val": "valid"}, "no images of the split valid"),
         ({"space": {"model.levels": {"choice": [[9]]}}}, "level"),
+        (
+            {
+                "space": {
+                    "views.image_size_px": {"choice": [16, 32]},
+                    "views.blur_kernel_px": {"choice": [5, 33]},
+                }
+            },
+            "could not run, since",
+        ),
+        ({"space": PER_LEVEL | {"loss.level_weights.9": {"choice": [1, 2]}}}, "names level 9"),
+        (
+            {"space": PER_LEVEL | {"loss.level_weights.1": {"choice": [-1]}}},
+            "greater than or equal",
+        ),
+        ({"target__held_back": 1e-9, "confirm__seeds": 1}, "images of the split would be held back"),
         ({"space": {"loss.lambda_local": {"log_uniform": [1, 2]}}}, "a grid needs a choice"),
         ({"search": {"warm_start": {"sweep": "/nowhere/sweep"}}}, "none of its 0 finished trials"),
     ],
@@ -164,19 +181,7 @@ def test_what_is_refused_before_ray_starts(phantom_shards, tmp_path, capsys, cha
     assert code == 2 and words in err and err.count("\n") == 1
 
 
-def test_images_that_judge_are_not_trained_on(phantom_shards, tmp_path, capsys):
-    settings = tree(phantom_shards, tmp_path / "sweeps")
-    settings["pretrain"]["data"]["splits"] = ["train", "val"]
-    _, code, err = swept(capsys, written(tmp_path, settings))
-    assert code == 2 and "pretrain.data.splits names 'val'" in err
-
-
 def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
-    from mlvicx_dist.config import parse_config
-    from mlvicx_dist.tune.launch import first_points
-    from mlvicx_dist.tune.records import Look, Record
-    from mlvicx_dist.tune.space import open_space
-
     earlier = Records(tmp_path / "earlier" / "trials")
     for number, (value, target) in enumerate([(0.5, 0.6), (2.0, 0.9), (50.0, 0.95), (1.0, 0.7)]):
         point, look = {"loss.lambda_local": value}, Look(16, target, 1.0, 1.0, 0.1)
@@ -184,41 +189,50 @@ def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
     settings = tree(phantom_shards, tmp_path / "sweeps")
     settings["space"] = {"loss.lambda_local": {"log_uniform": [0.1, 10]}}
     settings["search"] = {"warm_start": {"sweep": str(tmp_path / "earlier"), "trials": 2}}
-    config = parse_config(settings, "sweep.yaml")
     # 50 lies outside of this space.
-    points = first_points(config, open_space(config))
-    assert [point["loss.lambda_local"] for point in points] == [2.0, 1.0]
+    plan = make_plan(parse_config(settings, "sweep.yaml"))
+    assert [point["loss.lambda_local"] for point in plan.first] == [2.0, 1.0]
 
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_loses_no_finished_trial(phantom_shards, tmp_path):
+    """Stopped by a signal, then killed, then left alone."""
     settings = tree(phantom_shards, tmp_path / "sweeps")
     settings["space"] = {"loss.lambda_local": {"choice": [0.25, 0.5, 1.0, 2.0, 4.0]}}
     settings["pretrain"]["train"]["epochs"] = 60
     path = written(tmp_path, settings)
-    records = tmp_path / "sweeps" / "small" / "trials"
+    folder = tmp_path / "sweeps" / "small" / "trials"
     command = [sys.executable, "-m", "mlvicx_dist", "sweep", str(path), "--json"]
-    with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(command, stderr=log, stdout=log)
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and driver.poll() is None:
-            if any(r.state == "finished" for r in Records.read(records).all()):
-                break
-            time.sleep(0.2)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    before = {r.number: r for r in Records.read(records).all()}
-    finished = [r for r in before.values() if r.state == "finished"]
-    assert finished and len(finished) < 5, (tmp_path / "log").read_text()
+
+    def ended():
+        return {r.number: r for r in Records.read(folder).all() if r.state == "finished"}
+
+    def attack(number, finished):
+        with (tmp_path / "log").open("w") as log:
+            driver = subprocess.Popen(command, stderr=log, stdout=log)
+            deadline = time.monotonic() + 180
+            while len(ended()) < finished and time.monotonic() < deadline:
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            driver.send_signal(number)
+            return driver.wait(timeout=60)
+
+    assert attack(signal.SIGTERM, 1) == 128 + signal.SIGTERM
+    words = (tmp_path / "log").read_text()
+    assert '"stopped": true' in words and "Traceback" not in words
+    assert not (tmp_path / "sweeps" / "small" / "best.yaml").exists()
+    first = ended()
+    assert attack(signal.SIGKILL, len(first) + 1) == -signal.SIGKILL
+    second = ended()
+    under_way = [r for r in Records.read(folder).all() if r.state == "running" and r.looks]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    after = {r.number: r for r in Records.read(records).all()}
+    after = {r.number: r for r in Records.read(folder).all()}
     assert [r.state for r in after.values()] == ["finished"] * 5
-    assert all(after[r.number] == r for r in finished)
-    # Trials that were under way went on from a checkpoint: their first looks are the old ones.
-    for record in before.values():
-        if record.state == "running" and len(record.looks) > 3:
-            assert after[record.number].looks[0].at_s == record.looks[0].at_s
+    assert all(after[number] == record for number, record in (first | second).items())
+    # What was under way went on from a checkpoint: its first looks are the old ones.
+    for record in under_way:
+        assert record.reached < 8 or after[record.number].looks[0] == record.looks[0]
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from group import run_group
 from group import settings as group_settings
 
 from mlvicx_dist.config import Probe, Target, parse_config, to_tree
-from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.errors import ConfigError, DataError, DivergenceError
 from mlvicx_dist.evaluate.embed import embed_samples
 from mlvicx_dist.evaluate.probe import fit_probe
+from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder, read_checkpoint
 from mlvicx_dist.train.loop import Member
@@ -124,3 +125,12 @@ def test_what_cannot_be_judged_is_a_sentence(run):
         Judge(TARGET.model_copy(update={"classes": ["x"]}), run, ONE)
     with pytest.raises(DataError, match=r"would be judged, where two are needed"):
         Judge(TARGET.model_copy(update={"held_back": 0.9999}), run, ONE)
+
+
+def test_a_look_at_weights_that_diverged_says_so(run):
+    judge = Judge(TARGET, run, ONE)
+    model = build_model(run.model, 0)
+    assert 0 <= judge(model)["target"] <= 1
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match="the weights diverged"):
+        judge(model)
