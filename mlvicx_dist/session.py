@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
+
+import yaml
 
 from mlvicx_dist.errors import ResourceError
 
@@ -19,6 +22,8 @@ R = TypeVar("R")
 MOST_NODES = 10_000
 """Where an autoscaler names no limit."""
 UNKNOWN_BYTES = 2**60
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""What `ray up` leaves on the head node for its autoscaler."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
 
@@ -133,11 +138,12 @@ def memory_bytes(*, gpu: bool) -> int | None:
 
 
 def _whole_cluster() -> dict[str, float]:
-    """What the cluster can grow to where its autoscaler says so, else what it has."""
-    import ray
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config() or ray.cluster_resources()
+    """What the cluster can grow to where its autoscaler's settings are known, else what it has."""
+    total: dict[str, float] = {}
+    for resources, count in node_types():
+        for kind, amount in resources.items():
+            total[kind] = total.get(kind, 0) + count * amount
+    return total
 
 
 def slots(needed: Mapping[str, float]) -> int:
@@ -145,21 +151,46 @@ def slots(needed: Mapping[str, float]) -> int:
 
     A node whose memory is not known has enough of it.
     """
+    return sum(
+        count
+        * int(
+            min(
+                {"memory": UNKNOWN_BYTES, **resources}.get(kind, 0) // amount
+                for kind, amount in needed.items()
+            )
+        )
+        for resources, count in node_types()
+    )
+
+
+def node_types() -> list[tuple[dict[str, float], int]]:
+    """The kinds of nodes and how many of each the cluster can have: (resources, count).
+
+    What an autoscaler may add is read from the cluster's own record, or from the file that `ray up`
+    leaves on the head node. Where neither tells it (KubeRay, a cluster of given machines), the
+    nodes that are there count.
+    """
     import ray
     from ray._private.state import state
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     config = state.get_cluster_config()
     if config and config.node_group_configs:
-        nodes = [
-            dict(group.resources)
+        return [
+            (dict(group.resources), MOST_NODES if group.max_count < 0 else group.max_count)
             for group in config.node_group_configs
-            for _ in range(MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES))
         ]
-    return sum(
-        int(min(there.get(kind, 0) // amount for kind, amount in needed.items()))
-        for there in ({"memory": UNKNOWN_BYTES, **node} for node in nodes)
-    )
+    try:
+        tree = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+        head, most = tree["head_node_type"], int(tree["max_workers"])
+        kinds = [
+            (dict(kind["resources"]), 1 if name == head else min(kind["max_workers"], most))
+            for name, kind in tree["available_node_types"].items()
+        ]
+        if any(resources for resources, _ in kinds):
+            return kinds
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        pass
+    return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
 
 
 def room_for(needed: Mapping[str, float]) -> int:

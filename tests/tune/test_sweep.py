@@ -13,8 +13,9 @@ import yaml
 from small import small_tree
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.config import PretrainConfig, load_as, parse_config
+from mlvicx_dist.config import PretrainConfig, SweepConfig, load_as, parse_config
 from mlvicx_dist.session import ray_session
+from mlvicx_dist.tune import runner
 from mlvicx_dist.tune.plan import make_plan
 from mlvicx_dist.tune.records import Look, Record, Records
 
@@ -123,14 +124,22 @@ def test_a_sweep_to_its_end_with_one_trial_that_diverges(ray, phantom_shards, tm
 
 
 @pytest.mark.slow
-def test_trials_of_two_workers_take_turns(ray, phantom_shards, tmp_path, capsys):
-    """Two cores hold one such trial: the second waits for it and nobody for ever."""
+def test_trials_of_two_workers_never_wait_for_each_other(
+    ray, phantom_shards, tmp_path, capsys, monkeypatch
+):
+    """Two cores hold one such trial; two that are at it all the same take turns and both end."""
     settings = tree(phantom_shards, tmp_path / "sweeps")
     settings["pretrain"]["workers"] = {"num": 2}
-    document, code, _ = swept(capsys, written(tmp_path, settings))
+    path = written(tmp_path, settings)
+    assert runner.concurrency(make_plan(load_as(SweepConfig, path))) == 1
+    monkeypatch.setattr(runner, "slots", lambda needed: 4)
+    document, code, _ = swept(capsys, path)
     assert code == 0 and document["finished"] == 2
     first, second = Records.read(tmp_path / "sweeps" / "small" / "trials").all()
-    assert second.began_s >= first.ended_s
+    # Both were begun, and the one had its workers when the other was done.
+    assert abs(second.began_s - first.began_s) < 5
+    early, late = sorted([first, second], key=lambda record: record.ended_s)
+    assert late.looks[0].at_s >= early.looks[-1].at_s
 
 
 def test_more_workers_than_there_is_room_for(ray, phantom_shards, tmp_path, capsys):
@@ -170,7 +179,10 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
             {"space": PER_LEVEL | {"loss.level_weights.1": {"choice": [-1]}}},
             "greater than or equal",
         ),
-        ({"target__held_back": 1e-9, "confirm__seeds": 1}, "images of the split would be held back"),
+        (
+            {"target__held_back": 1e-9, "confirm__seeds": 1},
+            "images of the split would be held back",
+        ),
         ({"space": {"loss.lambda_local": {"log_uniform": [1, 2]}}}, "a grid needs a choice"),
         ({"search": {"warm_start": {"sweep": "/nowhere/sweep"}}}, "none of its 0 finished trials"),
     ],
