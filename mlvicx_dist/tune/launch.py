@@ -114,9 +114,11 @@ def sweep(config: SweepConfig) -> Outcome:
             settings = yaml.safe_dump(to_tree(config), sort_keys=False)
             write_whole(folder / "sweep.yaml", settings.encode())
         workers = config.pretrain.workers
+        needed = {kind: workers.num * amount for kind, amount in each(workers).items()}
         stack.enter_context(
             ray_session(
-                {kind: workers.num * amount for kind, amount in each(workers).items()},
+                # Who says how many trials the cluster will hold says that it holds one.
+                {} if config.trials.concurrent else needed,
                 asked="a trial (pretrain.workers.num x pretrain.workers.cpus_per_worker)",
                 remedy="lower pretrain.workers.num or pretrain.workers.cpus_per_worker",
                 deaf=True,
