@@ -6,6 +6,7 @@ is put in one piece.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import random
@@ -97,11 +98,14 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
     Raises:
         OSError: no room, no rights, or a store that cannot be written.
     """
+    lock = None
     if is_local(path):
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     else:
-        descriptor, name = tempfile.mkstemp(suffix=".partial")
-        os.close(descriptor)
+        folder = temporary("partial")
+        _remove_left(folder)
+        lock, name = tempfile.mkstemp(dir=folder)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         partial = Path(name)
     try:
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode))
@@ -115,6 +119,19 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
                 path.fs.put_file(str(partial), path.path)
     finally:
         partial.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the files of processes that died: nobody holds their lock any more."""
+    for path in folder.iterdir():
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:
+            continue
 
 
 def make_folder(folder: Place) -> None:

@@ -94,3 +94,15 @@ def test_a_temporary_folder_of_another_user_is_refused(tmp_path, monkeypatch):
     os.chown(folder, 12345, 12345)
     with pytest.raises(DataError, match="belongs to another user; set TMPDIR"):
         temporary("order")
+
+
+def test_what_a_killed_process_left_of_a_remote_write_goes(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = temporary("partial")
+    (folder / "left").write_bytes(b"x")
+    with becoming(place(f"{s3}/first")) as first, becoming(place(f"{s3}/second")) as second:
+        assert sorted(folder.iterdir()) == sorted([first, second])
+        for path in (first, second):
+            path.write_bytes(b"whole")
+    assert list(folder.iterdir()) == []
+    assert read_bytes(place(f"{s3}/first")) == read_bytes(place(f"{s3}/second")) == b"whole"
