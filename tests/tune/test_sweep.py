@@ -210,8 +210,8 @@ def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
 def test_a_driver_that_is_killed_loses_no_finished_trial(phantom_shards, tmp_path):
     """Stopped by a signal, then killed, then left alone."""
     settings = tree(phantom_shards, tmp_path / "sweeps")
-    settings["space"] = {"loss.lambda_local": {"choice": [0.25, 0.5, 1.0, 2.0, 4.0]}}
-    settings["pretrain"]["train"]["epochs"] = 60
+    settings["space"] = {"loss.lambda_local": {"choice": [0.25, 0.5, 1.0, 2.0]}}
+    settings["pretrain"]["train"]["epochs"] = 40
     path = written(tmp_path, settings)
     folder = tmp_path / "sweeps" / "small" / "trials"
     command = [sys.executable, "-m", "mlvicx_dist", "sweep", str(path), "--json"]
@@ -240,14 +240,14 @@ def test_a_driver_that_is_killed_loses_no_finished_trial(phantom_shards, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     after = {r.number: r for r in Records.read(folder).all()}
-    assert [r.state for r in after.values()] == ["finished"] * 5
+    assert [r.state for r in after.values()] == ["finished"] * 4
     assert all(after[number] == record for number, record in (first | second).items())
     # What was under way went on from a checkpoint: its first looks are the old ones.
     for record in under_way:
         assert record.reached < 8 or after[record.number].looks[0] == record.looks[0]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(ray, phantom_shards, tmp_path):
     import ray as core
     from ray.util.state import list_actors
@@ -290,7 +290,7 @@ def test_as_a_job_on_two_nodes(laptop, phantom_shards, tmp_path):
     bin_folder = Path(sys.executable).parent
     sets = [f"pretrain.data.shards.0.path={phantom_shards}", f"storage_path={tmp_path}"]
     sets += ["pretrain.train.batch_size=4", "target.images=16", "target.every_steps=2"]
-    sets += ["asha.grace_steps=2", "pretrain.train.epochs=2"]
+    sets += ["asha.grace_steps=2", "pretrain.train.epochs=2", "search.trials=2"]
     done = subprocess.run(
         [
             *(str(bin_folder / "ray"), "job", "submit", "--working-dir", "."),
@@ -305,4 +305,4 @@ def test_as_a_job_on_two_nodes(laptop, phantom_shards, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = Records.read(tmp_path / "smoke" / "trials").all()
-    assert len(records) == 4 and {r.state for r in records} <= {"finished", "pruned"}
+    assert len(records) == 2 and {r.state for r in records} <= {"finished", "pruned"}
