@@ -90,7 +90,12 @@ class Record:
         return next((look.target for look in self.looks if look.step == step), None)
 
     def seen(self, look: Look) -> Record:
-        """With one more look; a step that was done again counts as it was the last time."""
+        """With one more look; a step that was done again counts as it was the last time.
+
+        A look that is only told again keeps its time.
+        """
+        if any(replace(look, at_s=one.at_s) == one for one in self.looks):
+            return self
         kept = [one for one in self.looks if one.step != look.step]
         return replace(self, looks=tuple(sorted([*kept, look], key=lambda one: one.step)))
 

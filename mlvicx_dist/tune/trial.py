@@ -41,6 +41,16 @@ def run_trial(given: dict[str, Any]) -> None:
         if "target" in row:
             looked = step
             tune.report(look_of(row))
+        elif judge and step > looked and "world_size" in row:
+            tell_again(step)
+
+    def tell_again(until: int) -> None:
+        """Looks of an earlier start, which may have ended before it could say so."""
+        nonlocal looked
+        for row in read_rows(place(config.run.storage_path) / config.run.name / "metrics.jsonl"):
+            if "target" in row and looked < row["step"] <= until:
+                looked = int(row["step"])
+                tune.report(look_of(row))
 
     try:
         config = parse_config(given["settings"], "the trial's settings")
@@ -52,11 +62,8 @@ def run_trial(given: dict[str, Any]) -> None:
         return
     if judge is None:
         tune.report({"step": outcome.steps, "target": math.nan})
-    elif looked < outcome.steps:
-        # An earlier start came to the end and could not say so.
-        for row in read_rows(place(outcome.run_dir) / "metrics.jsonl"):
-            if "target" in row and row["step"] > looked:
-                tune.report(look_of(row))
+    else:
+        tell_again(outcome.steps)
 
 
 def look_of(row: dict[str, Any]) -> dict[str, float]:
