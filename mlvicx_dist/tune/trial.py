@@ -33,6 +33,7 @@ def run_trial(given: dict[str, Any]) -> None:
         given: `settings`, and `target` or None, as trees.
     """
     judge = judged_by(Target.model_validate(given["target"])) if given["target"] else None
+    run = given["settings"]["run"]
     step = looked = 0
 
     def heard(row: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ def run_trial(given: dict[str, Any]) -> None:
     def tell_again(until: int) -> None:
         """Looks of an earlier start, which may have ended before it could say so."""
         nonlocal looked
-        for row in read_rows(place(config.run.storage_path) / config.run.name / "metrics.jsonl"):
+        for row in read_rows(place(run["storage_path"]) / run["name"] / "metrics.jsonl"):
             if "target" in row and looked < row["step"] <= until:
                 looked = int(row["step"])
                 tune.report(look_of(row))

@@ -207,7 +207,7 @@ def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
     assert [point["loss.lambda_local"] for point in plan.first] == [2.0, 1.0]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_driver_that_is_killed_loses_no_finished_trial(phantom_shards, tmp_path):
     """Stopped by a signal, then killed, then left alone."""
     settings = tree(phantom_shards, tmp_path / "sweeps")
