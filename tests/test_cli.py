@@ -45,7 +45,7 @@ def test_an_unknown_command_is_the_users_error():
         (["pretrain", "/nowhere.yaml"], "/nowhere.yaml: the settings file cannot be read"),
         (["verify", "/nowhere"], "/nowhere: there is no such folder of shards"),
         (["inspect", "/nowhere"], "/nowhere: there is no such folder of shards"),
-        (["report", "/nowhere"], "/nowhere: it is no run's folder"),
+        (["report", "/nowhere"], "/nowhere: it is no folder of a run or a sweep"),
         (["export", "/nowhere", "--out", "/tmp/never"], "/nowhere: there is no such file"),
         (["embed", "/nowhere", "x", "--out", "y"], "/nowhere: there is no such file or folder"),
         (["evaluate", "/nowhere", str(ROOT / "configs/evaluate/cpu.yaml")], "/nowhere: there is"),
