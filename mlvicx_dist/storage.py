@@ -102,7 +102,11 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
     if is_local(path):
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     else:
-        folder = temporary("partial")
+        try:
+            folder = temporary("partial")
+        except DataError as error:
+            # Who writes knows what to do when it cannot be.
+            raise OSError(str(error)) from None
         _remove_left(folder)
         lock, name = tempfile.mkstemp(dir=folder)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -140,8 +144,8 @@ def make_folder(folder: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def temporary(kind: str) -> Path:
-    """This user's folder of a kind in the temporary folder, for what can be had again.
+def temporary(kind: str, below: str = "") -> Path:
+    """This user's folder of a kind in the temporary folder, or one below it; for copies and such.
 
     Raises:
         DataError: it is another user's, whose files are not to be trusted, or cannot be made.
@@ -150,6 +154,8 @@ def temporary(kind: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         own = all(stat.st_uid == os.geteuid() for stat in (folder.lstat(), folder.stat()))
+        if own:
+            (folder / below).mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(
             f"{folder}: the folder cannot be made ({told(error)}); set TMPDIR to one that can."
@@ -158,7 +164,7 @@ def temporary(kind: str) -> Path:
         raise DataError(
             f"{folder}: the folder belongs to another user; set TMPDIR to one of yours."
         )
-    return folder
+    return folder / below
 
 
 def write_whole(path: Place, data: bytes, *, mode: int = 0o644) -> None:

@@ -41,6 +41,10 @@ class Dimension(Settings):
             raise ValueError(f"{given[0]} must be [low, high] with low < high")
         return self
 
+    def ends(self) -> list[Any]:
+        """The values of a choice, or the low and the high end of a range."""
+        return list(self.choice or self.log_uniform or self.uniform or ())
+
 
 class WarmStart(Settings):
     """An earlier sweep whose best configurations are tried first."""

@@ -30,7 +30,7 @@ def of_run(run_dir: Place) -> dict[str, Any]:
     try:
         config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
         assert isinstance(config, PretrainConfig)
-    except (OSError, ConfigError):
+    except (OSError, ValueError, AssertionError, ConfigError):
         raise DataError(
             f"{run_dir}: it is no folder of a run or a sweep (neither config.yaml nor sweep.yaml "
             "in it); give storage_path/name."

@@ -32,7 +32,6 @@ def of_sweep(folder: Place) -> dict[str, Any]:
     records = Records.read(folder / "trials").all()
     step = common_step(records)
     leader = best(records)
-    confirmed = _text(folder / "confirm.json")
     return {
         "folder": folder,
         "config": config,
@@ -41,10 +40,10 @@ def of_sweep(folder: Place) -> dict[str, Any]:
         "counts": Counter(record.state for record in records),
         "best": leader,
         "best_yaml": _text(folder / "best.yaml") if leader else "",
-        "confirmed": json.loads(confirmed) if confirmed else None,
+        "confirmed": _comparison(folder / "confirm.json"),
         "target": TARGETS[config.target.kind],
         "step": step,
-        "time": duration(max((r.ended_s or r.began_s for r in records), default=0.0)),
+        "time": duration(max((record.until_s for record in records), default=0.0)),
         "looks": looks_share(records),
         "worded": worded,
         "short": short,
@@ -70,11 +69,21 @@ def _opened(folder: Place) -> tuple[SweepConfig, Space]:
         config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
         assert isinstance(config, SweepConfig)
         return config, open_space(config)
-    except (OSError, ConfigError, AssertionError) as error:
-        why = told(error) if isinstance(error, OSError) else str(error)
+    except (OSError, ValueError, ConfigError, AssertionError) as error:
+        why = told(error) if isinstance(error, OSError) else str(error) or "another kind of file"
         raise DataError(
             f"{path}: the sweep's settings cannot be read ({why.rstrip('.')}); run the sweep's "
             "command again, which writes them."
+        ) from None
+
+
+def _comparison(path: Place) -> Any:
+    text = _text(path)
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise DataError(
+            f"{path}: the comparison is damaged; remove the file and run the sweep's command again."
         ) from None
 
 

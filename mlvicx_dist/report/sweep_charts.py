@@ -68,10 +68,6 @@ def _timeline(records: Sequence[Record]) -> Chart:
     traces = []
     for state, colour in COLOURS.items():
         chosen = [record for record in records if record.state == state]
-        ends = [
-            r.ended_s if r.ended_s is not None else max([r.began_s, *(x.at_s for x in r.looks)])
-            for r in chosen
-        ]
         if chosen:
             traces.append(
                 {
@@ -80,7 +76,7 @@ def _timeline(records: Sequence[Record]) -> Chart:
                     "name": state,
                     "y": [record.number for record in chosen],
                     "base": [record.began_s / 60 for record in chosen],
-                    "x": [(e - r.began_s) / 60 for r, e in zip(chosen, ends, strict=True)],
+                    "x": [(record.until_s - record.began_s) / 60 for record in chosen],
                     "width": 0.8,
                     "marker": {"color": colour},
                     "hovertemplate": "trial %{y}: %{x:.1f} min<extra></extra>",
@@ -124,15 +120,13 @@ def _parallel(records: Sequence[Record], space: Space, step: int) -> Chart:
                 "hovertemplate": "%{x}: %{text}",
             }
         )
-    ends = [(*_ends(space, key), key) for key in keys]
+    ends = [[worded(value) for value in space.dimensions[key].ends()] for key in keys]
     notes = [
         note
-        for name, (bottom, top, _) in zip(
-            names, [*ends, (f"{low:.3f}", f"{high:.3f}", "")], strict=True
-        )
+        for name, end in zip(names, [*ends, [f"{low:.3f}", f"{high:.3f}"]], strict=True)
         for note in (
-            {"x": name, "y": -0.03, "text": bottom, "yanchor": "top"},
-            {"x": name, "y": 1.03, "text": top, "yanchor": "bottom"},
+            {"x": name, "y": -0.03, "text": end[0], "yanchor": "top"},
+            {"x": name, "y": 1.03, "text": end[-1], "yanchor": "bottom"},
         )
     ]
     layout = {
@@ -158,18 +152,11 @@ def _height(space: Space, key: str, point: Mapping[str, Any]) -> float:
     if dimension.choice is not None:
         place = [coded(value) for value in dimension.choice].index(coded(point[key]))
         return place / max(len(dimension.choice) - 1, 1)
-    low, high = dimension.log_uniform or dimension.uniform or (0.0, 1.0)
+    low, high = dimension.ends()
     value = float(point[key])
     if dimension.log_uniform is not None:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return (value - low) / (high - low)
-
-
-def _ends(space: Space, key: str) -> tuple[str, str]:
-    """What the two ends of an axis mean."""
-    dimension = space.dimensions[key]
-    ends = dimension.choice or dimension.log_uniform or dimension.uniform or (0.0, 1.0)
-    return worded(ends[0]), worded(ends[-1])
 
 
 def _colour(share: float) -> str:

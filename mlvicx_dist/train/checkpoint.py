@@ -163,7 +163,7 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     if is_local(path):
         check_digest(path)
         return Path(path)
-    folder = _copies(path.parent)
+    folder = temporary("checkpoints", _short_name(path.parent))
     copy = folder / path.name
 
     def fetch() -> None:
@@ -192,11 +192,9 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     return copy
 
 
-def _copies(folder: Place) -> Path:
-    """Where copies of a remote folder's checkpoints or export lie: one a node, the last one."""
-    copies = temporary("checkpoints") / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    copies.mkdir(exist_ok=True)
-    return copies
+def _short_name(folder: Place) -> str:
+    """What the copies of a remote folder lie under: one a node, the last one asked for."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:16]
 
 
 def _uncopied(copy: Path, source: Place, error: OSError) -> str:
@@ -205,6 +203,21 @@ def _uncopied(copy: Path, source: Place, error: OSError) -> str:
         f"{copy}: no copy of {source} can be written ({told(error)}); make room there, or set "
         "TMPDIR to another folder."
     )
+
+
+def remove_checkpoints(run_dir: Place) -> None:
+    """Free what only going on with a run would need; best effort."""
+    folder = run_dir / "checkpoints"
+    try:
+        with reaching(folder):
+            if not folder.is_dir():
+                return
+            for path in list(folder.iterdir()):
+                path.unlink()
+            if is_local(folder):
+                folder.rmdir()
+    except OSError:
+        return
 
 
 def check_digest(path: Path) -> None:
@@ -363,7 +376,7 @@ def local_folder(folder: Place) -> Path:
         ) from None
     except OSError as error:
         raise CheckpointError(_unreached(folder, error)) from None
-    copy = _copies(folder)
+    copy = temporary("checkpoints", _short_name(folder))
     try:
         for name, data in files.items():
             write_whole(copy / name, data)

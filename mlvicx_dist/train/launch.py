@@ -82,11 +82,7 @@ def pretrain(
     total = config.train.epochs * steps_per_epoch(
         shards.sizes, config.train.batch_size, shards.weights
     )
-    if config.workers.num > config.train.batch_size:
-        raise ResourceError(
-            f"workers.num is {config.workers.num}, but a batch of {config.train.batch_size} images "
-            "cannot be shared by more workers than that; lower workers.num."
-        )
+    check_workers(config)
     check_model(config)
     if not on_cluster():
         least = config.workers.min or config.workers.num
@@ -148,6 +144,19 @@ def _environment(config: PretrainConfig, images: int) -> dict[str, Any]:
         "world_size": config.workers.num,
         "images": images,
     }
+
+
+def check_workers(config: PretrainConfig) -> None:
+    """See that each worker gets an image.
+
+    Raises:
+        ResourceError: there are more of them than images in a batch.
+    """
+    if config.workers.num > config.train.batch_size:
+        raise ResourceError(
+            f"workers.num is {config.workers.num}, but a batch of {config.train.batch_size} images "
+            "cannot be shared by more workers than that; lower workers.num."
+        )
 
 
 def check_model(config: PretrainConfig) -> int:

@@ -5,15 +5,18 @@ A third hold, the guard's name in a cluster, is in `guard`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.storage import PATIENCE_S, Place, insist, is_local, reaching, told, write_whole
 
+T = TypeVar("T")
 TOKEN = ".driver-{}"
 """A file that the driver puts into the run's folder, in place of that of a driver before it.
 
@@ -32,6 +35,22 @@ def taken(folder: Place | str, kind: str, key: str) -> TakenError:
         f"{folder}: another process is at work on this {kind}; wait for it or stop it, "
         f"or give this one another {key}."
     )
+
+
+def once_free(ask: Callable[[], T], patience_s: float) -> T:
+    """What `ask` gives, once a process that was just killed has let the run or sweep go.
+
+    Raises:
+        TakenError: another process has it, and kept it for so long.
+    """
+    until_s = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except TakenError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(1.0)
 
 
 @contextmanager

@@ -16,15 +16,14 @@ from ray.tune import Callback
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import told
+from mlvicx_dist.train.checkpoint import remove_checkpoints
 from mlvicx_dist.train.watch import user_error
 from mlvicx_dist.tune.records import (
     Look,
     Record,
     Records,
     State,
-    best,
     looks_share,
-    remove_checkpoints,
 )
 from mlvicx_dist.tune.runner import Stop
 from mlvicx_dist.tune.table import Table
@@ -96,7 +95,7 @@ class Book(Callback):
             look = Look(int(result[TIME]), float(result[METRIC]), at_s=self.clock(), **times)
             record = record.seen(look)
         self._write(record)
-        self._table.look(record, best(self.records.all()))
+        self._table.look(record)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its processes died; Tune starts it again."""

@@ -26,13 +26,13 @@ from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import Progress, progress, say
 from mlvicx_dist.storage import Place, read_bytes, write_whole
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
 from mlvicx_dist.train.launch import writing
 from mlvicx_dist.train.metrics import effective_rank
 from mlvicx_dist.tune.plan import Plan
-from mlvicx_dist.tune.records import Record, remove_checkpoints
+from mlvicx_dist.tune.records import Record
 from mlvicx_dist.tune.runner import Stop, run_tune
-from mlvicx_dist.tune.target import Chosen, common_labels, parts_of_confirm
+from mlvicx_dist.tune.target import Chosen, chosen_parts, common_labels
 
 SIDES = ("best", "default")
 FILE = "confirm.json"
@@ -182,16 +182,15 @@ def compared(
     """The targets of both sides' encoders on the patients held back, and their difference."""
     settings = config.target
     every = [encoder for side in SIDES for encoder in encoders[side]]
-    parts = parts_of_confirm(settings, config.pretrain)
-    about = {name: [one for _, one in chosen] for name, (_, chosen) in parts.items()}
-    held = about["held back"]
+    parts = chosen_parts(settings, config.pretrain, held_back=True)
+    held = [one for _, one in parts["held back"][1]]
     patients = np.array([f"{one['source']}/{one['patient']}" for one in held])
     features = {name: _embedded(config, every, part) for name, part in parts.items()}
     draws: np.ndarray | None = None
     if settings.kind == "effective_rank":
         values = [effective_rank(torch.from_numpy(x)) for x in features["held back"]]
     else:
-        labels = common_labels(settings, about)
+        labels = common_labels(settings, parts)
         values, drawn = [], []
         for x, y, z in zip(*features.values(), strict=True):
             if settings.kind == "knn":
@@ -271,7 +270,7 @@ def _embedded(config: SweepConfig, encoders: Sequence[Encoder], part: Chosen) ->
 
 
 def _known(path: Place) -> Confirmed | None:
-    """An earlier comparison."""
+    """What an earlier start has found; None where nothing whole is there."""
     try:
         return Confirmed(**json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError):

@@ -6,10 +6,9 @@ unchanged one are trained anew by `confirm`. The same command goes on from whate
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -19,11 +18,12 @@ from mlvicx_dist.config import SweepConfig, to_tree
 from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import Place, make_folder, write_whole
+from mlvicx_dist.train.checkpoint import remove_checkpoints
 from mlvicx_dist.train.drive import each, signals
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint
 from mlvicx_dist.train.guard import guard
 from mlvicx_dist.train.launch import writing
-from mlvicx_dist.train.owner import TakenError, only_driver
+from mlvicx_dist.train.owner import once_free, only_driver
 from mlvicx_dist.tune.book import Book
 from mlvicx_dist.tune.confirm import Confirmed, confirm
 from mlvicx_dist.tune.plan import Plan, make_plan
@@ -33,7 +33,6 @@ from mlvicx_dist.tune.records import (
     Records,
     best,
     looks_share,
-    remove_checkpoints,
 )
 from mlvicx_dist.tune.runner import Stop, concurrency, run_tune
 from mlvicx_dist.tune.search import PointSearch, Rungs
@@ -59,7 +58,7 @@ class Outcome:
     """
 
     folder: Place
-    records: list[Record] = field(default_factory=list)
+    records: list[Record]
     best: Record | None = None
     confirmed: Confirmed | None = None
     stopped_by: int = 0
@@ -126,7 +125,8 @@ def sweep(config: SweepConfig) -> Outcome:
             )
         )
         # The lock of a file system does not reach as far as a cluster.
-        stack.callback(ray.kill, _hold(folder))
+        held = once_free(lambda: guard(str(folder), *SWEEP), GOODBYE_S)
+        stack.callback(ray.kill, held)
         at_once = concurrency(plan)
         records = Records.read(folder / "trials")
         stop = Stop(stack.enter_context(signals()))
@@ -178,18 +178,6 @@ def _run_trials(plan: Plan, records: Records, stop: Stop, *, at_once: int) -> No
     for record in records.all():
         if record.state in ENDED:
             remove_checkpoints(records.folder / record.name)
-
-
-def _hold(folder: Place) -> Any:
-    """The sweep's name in the cluster, once a driver that was just killed has let it go."""
-    until_s = time.monotonic() + GOODBYE_S
-    while True:
-        try:
-            return guard(str(folder), *SWEEP)
-        except TakenError:
-            if time.monotonic() > until_s:
-                raise
-            time.sleep(1.0)
 
 
 def _write_best(plan: Plan, leader: Record) -> None:

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import torch
 
 from mlvicx_dist.config import PretrainConfig, SweepConfig, to_tree
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.storage import Place, place
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.fingerprint import fingerprint
-from mlvicx_dist.train.launch import absolute, check_model
-from mlvicx_dist.train.loop import Member, open_shards
+from mlvicx_dist.train.launch import absolute, check_model, check_workers
+from mlvicx_dist.train.loop import open_shards
 from mlvicx_dist.tune.records import Records
 from mlvicx_dist.tune.space import FUSION, LEVELS, Space, new_study, open_space
-from mlvicx_dist.tune.target import Judge, judged_shards, parts_of_confirm
+from mlvicx_dist.tune.target import chosen_parts, common_labels, judged_shards
 
 DEFAULT_TRIALS = 24
 DRAWS = 100
@@ -60,6 +59,7 @@ def make_plan(config: SweepConfig) -> Plan:
         UserError: something that the user can mend, said in one sentence.
     """
     config = _absolute(config)
+    check_workers(config.pretrain)
     space = open_space(config)
     base, search = config.pretrain, config.search
     first = space.grid() if search.by == "grid" else _warm(config, space)
@@ -153,9 +153,10 @@ def _check_target(config: SweepConfig, total: int) -> None:
             f"target.every_steps is {config.target.every_steps}, but a trial has {total} steps; "
             "lower it, or raise pretrain.train.epochs."
         )
-    Judge(config.target, config.pretrain, Member(0, 1, torch.device("cpu")))
-    if config.confirm.seeds:
-        parts_of_confirm(config.target, config.pretrain)
+    for held_back in [False, True] if config.confirm.seeds else [False]:
+        parts = chosen_parts(config.target, config.pretrain, held_back=held_back)
+        if config.target.kind != "effective_rank":
+            common_labels(config.target, parts)
 
 
 def _warm(config: SweepConfig, space: Space) -> list[dict[str, Any]]:

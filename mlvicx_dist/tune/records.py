@@ -14,7 +14,6 @@ from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import (
     Place,
     insist,
-    is_local,
     make_folder,
     reaching,
     read_bytes,
@@ -74,6 +73,12 @@ class Record:
     def name(self) -> str:
         """What its folder is called."""
         return f"{self.number:04d}"
+
+    @property
+    def until_s(self) -> float:
+        """Seconds of sweeping until its end, or until what is known of it last."""
+        last = self.looks[-1].at_s if self.looks else 0.0
+        return max(self.began_s, last) if self.ended_s is None else self.ended_s
 
     @property
     def reached(self) -> int:
@@ -146,8 +151,7 @@ class Records:
 
     def elapsed_s(self) -> float:
         """Seconds of sweeping that are behind what is recorded."""
-        ends = [r.ended_s or max([r.began_s, *(look.at_s for look in r.looks)]) for r in self.all()]
-        return max(ends, default=0.0)
+        return max((record.until_s for record in self.all()), default=0.0)
 
 
 def best(records: list[Record]) -> Record | None:
@@ -161,21 +165,6 @@ def looks_share(records: list[Record]) -> float:
     last = [record.looks[-1] for record in records if record.looks]
     trained_s = sum(look.trained_s for look in last)
     return sum(look.looked_s for look in last) / trained_s if trained_s else 0.0
-
-
-def remove_checkpoints(run_dir: Place) -> None:
-    """Free what only going on would need; best effort."""
-    folder = run_dir / "checkpoints"
-    try:
-        with reaching(folder):
-            if not folder.is_dir():
-                return
-            for path in list(folder.iterdir()):
-                path.unlink()
-            if is_local(folder):
-                folder.rmdir()
-    except OSError:
-        return
 
 
 def _read(path: Place) -> Record | None:

@@ -119,39 +119,38 @@ def run_tune(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with scratch("sweep") as folder:
-        # Tune's process of a trial holds no core, and lies where no spot node takes it along.
-        place_of_driver = tune.PlacementGroupFactory([{HEAD: 0.001}])
-        tuner = tune.Tuner(
-            tune.with_resources(run_trial, place_of_driver),
-            param_space=given,
-            tune_config=tune.TuneConfig(
-                num_samples=samples,
-                max_concurrent_trials=at_once,
-                search_alg=search,
-                scheduler=scheduler,
-                trial_name_creator=str,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder,
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=list(callbacks),
-                stop=stop,
-                verbose=0,
-            ),
-        )
-        try:
-            results = tuner.fit()
-        except Exception as error:
-            if stop.error:
-                raise stop.error from None
-            words = str(error).strip().splitlines()
-            raise TrainingError(
-                f"Ray Tune could not go on ({words[-1] if words else type(error).__name__}); "
-                f"{where_logs_are()}, and the same command goes on without losing an ended trial."
-            ) from error
+    # Tune's process of a trial holds no core, and lies where no spot node takes it along.
+    place_of_driver = tune.PlacementGroupFactory([{HEAD: 0.001}])
+    try:
+        with scratch("sweep") as folder:
+            results = tune.Tuner(
+                tune.with_resources(run_trial, place_of_driver),
+                param_space=given,
+                tune_config=tune.TuneConfig(
+                    num_samples=samples,
+                    max_concurrent_trials=at_once,
+                    search_alg=search,
+                    scheduler=scheduler,
+                    trial_name_creator=str,
+                    trial_dirname_creator=lambda trial: str(trial.trial_id),
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=folder,
+                    failure_config=tune.FailureConfig(max_failures=max_failures),
+                    callbacks=list(callbacks),
+                    stop=stop,
+                    verbose=0,
+                ),
+            ).fit()
+    except Exception as error:
+        if stop.error:
+            raise stop.error from None
+        words = str(error).strip().splitlines()
+        raise TrainingError(
+            f"Ray Tune could not go on ({words[-1] if words else type(error).__name__}); "
+            f"{where_logs_are()}, and the same command goes on without losing an ended trial."
+        ) from error
     if stop.error:
         raise stop.error
     return results

@@ -144,7 +144,7 @@ class Rungs(AsyncHyperBandScheduler):
             time_attr=TIME,
             metric=METRIC,
             mode="max",
-            max_t=max(total - 1, grace_steps),
+            max_t=total,
             grace_period=grace_steps,
             reduction_factor=reduction,
             stop_last_trials=False,

@@ -84,11 +84,9 @@ class Space:
                 if dimension.choice is not None:
                     text = trial.suggest_categorical(key, [coded(v) for v in dimension.choice])
                     point[key] = json.loads(text)
-                elif dimension.log_uniform is not None:
-                    point[key] = trial.suggest_float(key, *dimension.log_uniform, log=True)
                 else:
-                    assert dimension.uniform is not None
-                    point[key] = trial.suggest_float(key, *dimension.uniform)
+                    log = dimension.log_uniform is not None
+                    point[key] = trial.suggest_float(key, *dimension.ends(), log=log)
         return point
 
     def parameters(self, point: Point) -> dict[str, Any]:
@@ -133,7 +131,7 @@ class Space:
                 if value not in dimension.choice:
                     return False
                 continue
-            low, high = dimension.log_uniform or dimension.uniform or (0.0, 0.0)
+            low, high = dimension.ends()
             if not low <= value <= high:
                 return False
         return True
@@ -168,7 +166,7 @@ class Space:
                     f"space.{key}: level {match[1]} is in none of the level sets; add it to one or "
                     "leave the weight out."
                 )
-            for value in _ends(dimension):
+            for value in dimension.ends():
                 yield key, value, having[0]
 
     def _tried(self, key: str, base: Any) -> list[Any]:
@@ -178,7 +176,7 @@ class Space:
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
     if dimension.choice is not None:
         return optuna.distributions.CategoricalDistribution([coded(v) for v in dimension.choice])
-    low, high = dimension.log_uniform or dimension.uniform or (0.0, 0.0)
+    low, high = dimension.ends()
     log = dimension.log_uniform is not None
     return optuna.distributions.FloatDistribution(low, high, log=log)
 
@@ -226,23 +224,18 @@ def open_space(config: SweepConfig) -> Space:
                 f"space.{key}: trials must be alike in it to be compared; vary settings below "
                 "loss, model and views, or the optimizer's."
             )
-        for value in [*_ends(dimension), *_between(dimension)]:
+        for value in [*dimension.ends(), *_between(dimension)]:
             _check_value(space, key, value)
     # Raises where a weight can have no effect.
     list(space.level_weights())
     return space
 
 
-def _ends(dimension: Dimension) -> list[Any]:
-    """The values of a choice, or the ends of a range."""
-    return list(dimension.choice or dimension.log_uniform or dimension.uniform or ())
-
-
 def _between(dimension: Dimension) -> list[float]:
     """A number inside of a range that is not whole: a setting that counts does not take it."""
     if dimension.choice is not None:
         return []
-    low, high = _ends(dimension)
+    low, high = dimension.ends()
     return [low + (high - low) / math.pi]
 
 

@@ -26,12 +26,13 @@ class Table:
     def __init__(self, records: Records, *, trials: int, total: int) -> None:
         self.records, self.trials, self.total = records, trials, total
 
-    def look(self, record: Record, leader: Record | None) -> None:
+    def look(self, record: Record) -> None:
         """A trial was looked at."""
         if record.looks:
+            leader = best(self.records.all())
             ahead = f"; best {leader.target:.4f}, trial {leader.name}" if leader else ""
             self.say(
-                f"trial {record.name}: step {record.looks[-1].step} of {self.total}, "
+                f"trial {record.name}: step {record.reached} of {self.total}, "
                 f"target {record.target:.4f}{ahead}"
             )
 
@@ -57,7 +58,7 @@ class _Live(Table):
         # Tune pickles its callbacks, and what they lead to, to a file that nobody reads.
         return {key: value for key, value in self.__dict__.items() if key != "_live"}
 
-    def look(self, record: Record, leader: Record | None) -> None:
+    def look(self, record: Record) -> None:
         self._live.update(drawn(self.records.all(), trials=self.trials, total=self.total))
 
     def end(self, record: Record) -> None:
@@ -78,10 +79,15 @@ def drawn(records: list[Record], *, trials: int, total: int) -> RichTable:
     leader = best(records)
     order = sorted(records, key=lambda r: (r.state != "running", -(r.target or 0.0)))
     for record in order[:ROWS]:
-        step = record.looks[-1].step if record.looks else 0
         target = "" if record.target is None else f"{record.target:.4f}"
         style = "bold" if record is leader else None
-        cells = (record.name, record.state, f"{step}/{total}", target, described(record.point))
+        cells = (
+            record.name,
+            record.state,
+            f"{record.reached}/{total}",
+            target,
+            described(record.point),
+        )
         table.add_row(*cells, style=style)
     return table
 

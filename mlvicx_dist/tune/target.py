@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -44,20 +44,14 @@ class Judge:
         self._settings, self._member = settings, member
         self._size_px = config.views.image_size_px
         self._images: torch.Tensor | None = None
-        labelled = settings.kind != "effective_rank"
-        splits = [settings.train, settings.val] if labelled else [settings.val]
-        self._chosen: list[tuple[WholeImages, int]] = []
-        about: dict[str, list[dict[str, Any]]] = {}
-        for split in splits:
-            shards = judged_shards(settings, config, split)
-            side = False if split == settings.val else None
-            about[split] = []
-            for sample, one in choose(shards, settings, held_back=side, most=settings.images):
-                self._chosen.append((WholeImages(shards, self._size_px), sample))
-                about[split].append(one)
-        self._cut = len(about[splits[0]])
-        if labelled:
-            self._labels = common_labels(settings, about)
+        parts = chosen_parts(settings, config, held_back=False)
+        self._chosen = [
+            (WholeImages(shards, self._size_px), sample)
+            for shards, chosen in parts.values()
+            for sample, _ in chosen
+        ]
+        self._cut = len(next(iter(parts.values()))[1])
+        self._labels = common_labels(settings, parts) if settings.kind != "effective_rank" else []
         self._began_s, self._looked_s = began_s, time.monotonic() - began_s
 
     def due(self, done: int) -> bool:
@@ -192,46 +186,52 @@ def is_held_back(one: dict[str, Any], share: float) -> bool:
 
 
 Chosen = tuple[ShardSet, list[tuple[int, dict[str, Any]]]]
+"""Open shards, and samples of them with what is known of each."""
 
 
-def parts_of_confirm(settings: Target, config: PretrainConfig) -> dict[str, Chosen]:
-    """What the last word is said on: images that teach the probe, that tune it, that judge it.
+def chosen_parts(settings: Target, config: PretrainConfig, *, held_back: bool) -> dict[str, Chosen]:
+    """The images that teach the probe, that look at it, and that have the last word.
+
+    Args:
+        settings: Of the target; one without labels has no probe to teach.
+        config: The settings of a trial.
+        held_back: Whether the last word is asked for; a look does not see its images.
 
     Returns:
-        `training` (none of them for a target without labels), `judged` and `held back`: open
-        shards, and the chosen samples with what is known of each.
+        In this order, as far as they are needed, `training`, `judged` and `held back`.
 
     Raises:
-        DataError: a part is too small, or no class has both labels in all of them.
-        ConfigError: a class does not exist.
+        DataError: a part is too small.
     """
-    sides = {"training": (settings.train, None), "judged": (settings.val, False)}
-    if settings.kind == "effective_rank":
-        sides = {}
+    labelled = settings.kind != "effective_rank"
+    wanted: dict[str, tuple[str, bool | None]] = {}
+    if labelled:
+        wanted["training"] = settings.train, None
+    if labelled or not held_back:
+        wanted["judged"] = settings.val, False
+    if held_back:
+        wanted["held back"] = settings.val, True
     parts: dict[str, Chosen] = {}
-    for name, (split, side) in {**sides, "held back": (settings.val, True)}.items():
+    for name, (split, side) in wanted.items():
         shards = judged_shards(settings, config, split)
         parts[name] = shards, choose(shards, settings, held_back=side, most=settings.images)
-    if sides:
-        common_labels(settings, {n: [one for _, one in part] for n, (_, part) in parts.items()})
     return parts
 
 
-def common_labels(
-    settings: Target, about: Mapping[str, Sequence[dict[str, Any]]]
-) -> list[np.ndarray]:
-    """The labels of each split's images, by the classes that can be judged in all of them.
+def common_labels(settings: Target, parts: Mapping[str, Chosen]) -> list[np.ndarray]:
+    """The labels of each part's images, by the classes that can be judged in all of them.
 
     Returns:
-        For each split float64 [n, K], 0, 1 or NaN.
+        For each part float64 [n, K], 0, 1 or NaN.
 
     Raises:
         DataError: there is no such class.
         ConfigError: a class of the settings does not exist.
     """
+    about = {name: [one for _, one in chosen] for name, (_, chosen) in parts.items()}
     there = dict.fromkeys(n for part in about.values() for one in part for n in one["labels"])
     names = class_names(settings.classes, tuple(there))
-    labels = {split: labels_of(part, names) for split, part in about.items()}
+    labels = {name: labels_of(part, names) for name, part in about.items()}
     kept, left_out = usable_classes(names, labels)
     if not kept:
         reason = next(iter(left_out.values()), "they have no labels")

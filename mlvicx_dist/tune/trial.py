@@ -7,7 +7,7 @@ not at all, so that no trial can keep another from its workers.
 from __future__ import annotations
 
 import math
-import time
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -15,8 +15,8 @@ from ray import tune
 from mlvicx_dist.config import PretrainConfig, Target, parse_config
 from mlvicx_dist.errors import DivergenceError, UserError
 from mlvicx_dist.storage import place
-from mlvicx_dist.train.launch import Outcome, pretrain
-from mlvicx_dist.train.owner import TakenError
+from mlvicx_dist.train.launch import pretrain
+from mlvicx_dist.train.owner import once_free
 from mlvicx_dist.train.runlog import read_rows
 from mlvicx_dist.tune.target import judged_by
 
@@ -56,7 +56,7 @@ def run_trial(given: dict[str, Any]) -> None:
     try:
         config = parse_config(given["settings"], "the trial's settings")
         assert isinstance(config, PretrainConfig)
-        outcome = _insist(config, judge, heard)
+        outcome = once_free(partial(pretrain, config, judge=judge, heard=heard), GOODBYE_S)
     except UserError as error:
         state = "diverged" if isinstance(error, DivergenceError) else "failed"
         tune.report({"step": step, "target": math.nan, "state": state, "cause": str(error)})
@@ -75,15 +75,3 @@ def look_of(row: dict[str, Any]) -> dict[str, float]:
         "trained_s": row["target/trained_s"],
         "looked_s": row["target/looked_s"],
     }
-
-
-def _insist(config: PretrainConfig, judge: Any, heard: Any) -> Outcome:
-    """Pretrain, once a process of this trial that was just killed has let the run go."""
-    until_s = time.monotonic() + GOODBYE_S
-    while True:
-        try:
-            return pretrain(config, judge=judge, heard=heard)
-        except TakenError:
-            if time.monotonic() > until_s:
-                raise
-            time.sleep(1.0)

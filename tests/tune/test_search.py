@@ -197,7 +197,7 @@ def test_what_tune_pickles_can_be_pickled_on_a_terminal(tmp_path, monkeypatch):
         bench.book = Book(bench.records, table, bench.stop, total=TOTAL)
         cloudpickle.dumps(bench.book)
         bench.book.begin(0, {"loss.lambda_local": 1.0})
-        table.look(bench.records.by_number[0], None)
+        table.look(bench.records.by_number[0])
 
 
 def test_a_step_that_was_done_again_counts_once(tmp_path):

@@ -165,6 +165,7 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
     [
         ({"target__every_steps": 1000}, "a trial has 16 steps"),
         ({"target__val": "valid"}, "no images of the split valid"),
+        ({"pretrain__workers": {"num": 7}}, "a batch of 6 images cannot be shared"),
         ({"space": {"model.levels": {"choice": [[9]]}}}, "level"),
         (
             {
@@ -192,6 +193,27 @@ def test_what_is_refused_before_ray_starts(phantom_shards, tmp_path, capsys, cha
     path = written(tmp_path, tree(phantom_shards, tmp_path / "sweeps", **change))
     _, code, err = swept(capsys, path)
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("sweep.yaml", b"\xff\xfe", "settings cannot be read"),
+        ("sweep.yaml", b"kind: pretrain", "settings cannot be read"),
+        ("confirm.json", b"{", "the comparison is damaged"),
+        ("trials/0000/trial.json", b"[", "the record of a trial is damaged"),
+    ],
+)
+def test_the_report_of_a_damaged_sweep_is_a_sentence(
+    phantom_shards, tmp_path, capsys, name, content, words
+):
+    written(tmp_path, tree(phantom_shards, tmp_path))
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
 
 
 def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):

@@ -20,6 +20,7 @@ from mlvicx_dist.train.runlog import read_rows
 from mlvicx_dist.tune.target import (
     Judge,
     choose,
+    chosen_parts,
     common_labels,
     is_held_back,
     judged_by,
@@ -49,16 +50,17 @@ def test_the_target_is_that_of_the_exported_encoder(run, tmp_path):
     total = rows[-1]["step"]
     assert [row["step"] for row in rows] == sorted({*range(2, total, 2), total})
     encoder = load_encoder(run_dir)
-    parts, about = [], {}
-    for split, side in (("train", None), ("val", False)):
-        shards = judged_shards(TARGET, run, split)
-        chosen = choose(shards, TARGET, held_back=side, most=TARGET.images)
-        about[split] = [one for _, one in chosen]
+    parts = chosen_parts(TARGET, run, held_back=False)
+    assert list(parts) == ["training", "judged"]
+    features = []
+    for shards, chosen in parts.values():
         samples = [sample for sample, _ in chosen]
         sizes = {"size_px": 32, "batch_size": 8, "loader_workers": 0, "use_gpu": False}
-        parts.append(embed_samples([encoder], shards, samples, **sizes).features[0])
-    labels = common_labels(TARGET, about)
-    probe = fit_probe(parts[0], labels[0], validation=(parts[1], labels[1]), settings=TARGET.probe)
+        features.append(embed_samples([encoder], shards, samples, **sizes).features[0])
+    labels = common_labels(TARGET, parts)
+    probe = fit_probe(
+        features[0], labels[0], validation=(features[1], labels[1]), settings=TARGET.probe
+    )
     assert rows[-1]["target"] == pytest.approx(probe.validation_auroc, abs=1e-6)
     assert 0 < rows[-1]["target/looked_s"] < rows[-1]["target/trained_s"]
 
