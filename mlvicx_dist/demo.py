@@ -58,7 +58,6 @@ train:
   learning_rate_per_256: 8e-3
   weight_decay: 1e-4
   warmup_epochs: 1
-  precision: bf16
 workers: {{num: 2}}
 checkpoint: {{every_s: 60}}
 """

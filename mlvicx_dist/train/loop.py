@@ -138,6 +138,7 @@ def train(
     """
     _seed_everything(config)
     said: list[str] = []
+    _check_precision(config, member, said.append)
     shards = open_shards(config)
     steps = Steps(
         shards,
@@ -320,6 +321,19 @@ def _wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.train.deterministic,
     )
+
+
+def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:
+    """Say that bf16 costs time here and gains none."""
+    if (
+        config.train.precision == "bf16"
+        and member.device.type == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        say(
+            "this CPU computes bf16 in software, which takes some 20 times as long as float32; "
+            "stop, and begin with train.precision=float32."
+        )
 
 
 def _resume(
