@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-all chaos check format lock clean
+# Processes, networks and mounts that end with the tests: `ray stop` reaches nobody else's Ray.
+APART := unshare --net --pid --fork --mount --mount-proc --kill-child
+
+.PHONY: help demo test test-all chaos cluster-test check format lock clean
 
 help:
 	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
 	@echo "make test      style, types and the quick tests"
 	@echo "make test-all  the slow tests"
 	@echo "make chaos     attacks on runs, the short ones and the long ones"
+	@echo "make cluster-test  ray up, jobs and ray down between machines of their own (root, sshd, rsync)"
 	@echo "make check     style and types only"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make lock      pin the newest versions in constraints.txt"
@@ -28,13 +32,16 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not chaos and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not cluster and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos
+
+cluster-test: $(READY)
+	MLVICX_OWN_NETWORK=1 $(APART) $(BIN)/python -m pytest -m cluster
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -123,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--workers", type=_count, help="Ray tasks at once (default: all cores)")
 
     add = command(
+        "doctor", _doctor, "look at this machine or at every node of a cluster, with the remedies"
+    )
+    _add_config(add, nargs="?")
+
+    add = command(
         "inspect", _inspect, "draw a contact sheet: images, masks, boxes and the two views"
     )
     add.add_argument("shards", nargs="+", help="shard folders")
@@ -133,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file such as those in configs/")
+def _add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("config", nargs=nargs, help="a YAML file such as those in configs/")
     parser.add_argument(
         "--set",
         action="append",
@@ -254,6 +259,15 @@ def _verify(options: argparse.Namespace) -> Answer:
         )
     bad = bool(verdict.problems or verdict.leaks)
     return Answer(verdict.document(), verdict.lines(), 1 if bad else 0)
+
+
+def _doctor(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import PretrainConfig, load_as
+    from mlvicx_dist.doctor.examination import examine
+
+    config = load_as(PretrainConfig, options.config, options.overrides) if options.config else None
+    diagnosis = examine(config)
+    return Answer(diagnosis.document(), diagnosis.lines(), 0 if diagnosis.well else 1)
 
 
 def _inspect(options: argparse.Namespace) -> Answer:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -24,6 +24,8 @@ MOST_NODES = 10_000
 UNKNOWN_BYTES = 2**60
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """What `ray up` leaves on the head node for its autoscaler."""
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""What Kubernetes tells a pod of itself."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
 
@@ -166,9 +168,9 @@ def slots(needed: Mapping[str, float]) -> int:
 def node_types() -> list[tuple[dict[str, float], int]]:
     """The kinds of nodes and how many of each the cluster can have: (resources, count).
 
-    What an autoscaler may add is read from the cluster's own record, or from the file that `ray up`
-    leaves on the head node. Where neither tells it (KubeRay, a cluster of given machines), the
-    nodes that are there count.
+    What an autoscaler may add is read from the cluster's own record, from the file that `ray up`
+    leaves on the head node, or from Kubernetes. Where nothing tells it (a cluster of given
+    machines), the nodes that are there count.
     """
     import ray
     from ray._private.state import state
@@ -180,7 +182,7 @@ def node_types() -> list[tuple[dict[str, float], int]]:
             for group in config.node_group_configs
         ]
     try:
-        tree = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+        tree = _autoscaler_settings()
         head, most = tree["head_node_type"], int(tree["max_workers"])
         kinds = [
             (dict(kind["resources"]), 1 if name == head else min(kind["max_workers"], most))
@@ -191,6 +193,38 @@ def node_types() -> list[tuple[dict[str, float], int]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         pass
     return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+
+
+def _autoscaler_settings() -> Any:
+    """What `ray up` wrote down for its autoscaler, or what KubeRay's is told by the RayCluster."""
+    name = os.environ.get("RAY_CLUSTER_NAME")
+    if not name or not POD_NAMESPACE.exists():
+        return yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    cluster = KubernetesHttpApiClient(POD_NAMESPACE.read_text()).get(f"rayclusters/{name}")
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return {}
+    return _derive_autoscaling_config_from_ray_cr(cluster)
+
+
+def refused_launches() -> list[str]:
+    """The machines that the cluster's autoscaler was refused, by a quota say, and why."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception:
+        # Ray's older autoscaler tells nothing that a program could read.
+        return []
+    return [
+        f"{one.count} x {one.ray_node_type_name} ({one.instance_type_name}): {one.details}"
+        for one in status.failed_launches
+    ]
 
 
 def room_for(needed: Mapping[str, float]) -> int:

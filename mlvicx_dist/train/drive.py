@@ -13,16 +13,17 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
-from mlvicx_dist.session import on_cluster, ray_session, room_for, scratch
+from mlvicx_dist.session import on_cluster, ray_session, refused_launches, room_for, scratch
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.owner import TOKEN
 from mlvicx_dist.train.worker import train_worker
@@ -34,6 +35,7 @@ GOODBYE_S = 5
 ELASTIC_START_S = 12.0
 IDLE_S = 5.0
 """After a signal: how long to wait for word of a group that may just have begun."""
+REFUSALS_S = 20.0
 LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
 
@@ -96,7 +98,7 @@ def drive(
         try:
             with progress("training", total, "steps") as bar, signals() as asked:
                 shown = _Shown(bar, heard)
-                growth = _Growth(config)
+                growth, refusals = _Growth(config), _Refusals(bar)
                 told, until_s = False, math.inf
                 with watching(channel, shown):
                     fit.start()
@@ -109,6 +111,8 @@ def drive(
                         elif not told and growth.wanted(shown.world_size):
                             held.tell.remote(int(Notice.REGROUP))
                         shown.check_silence(config.workers.wait_s)
+                        if elsewhere and not shown.world_size:
+                            refusals.tell()
                 # Where no worker was at work there is nothing to save.
                 steps = 0 if fit.is_alive() else fit.result()
         finally:
@@ -225,6 +229,24 @@ class _Growth:
         return True
 
 
+class _Refusals:
+    """Says, once each, which machines the autoscaler was refused while workers are waited for."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._told = bar, set[str]()
+        self._look_s = time.monotonic() + REFUSALS_S
+
+    def tell(self) -> None:
+        """Ask now and then."""
+        if time.monotonic() < self._look_s:
+            return
+        self._look_s = time.monotonic() + REFUSALS_S
+        for words in refused_launches():
+            if words not in self._told:
+                self._told.add(words)
+                self._bar.say(f"the autoscaler was refused {words}")
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """The first SIGTERM or SIGINT that comes while the block runs, in a list."""
@@ -278,7 +300,8 @@ class _Shown:
                 self._bar.skip(step)
             self.world_size = int(row["world_size"])
             more = "s" if self.world_size > 1 else ""
-            self._bar.say(f"{self.world_size} worker{more} from step {step}")
+            nodes = placed(row.get("nodes", ()))
+            self._bar.say(f"{self.world_size} worker{more} from step {step}{nodes}")
             return
         terms = ", ".join(
             f"{name} {row[name]:.3g}" for name in row if name.endswith("_weighted")
@@ -302,6 +325,18 @@ class _Shown:
                 "see with 'ray status' whether the cluster has room for them, or raise "
                 "workers.wait_s; the same command goes on from the newest checkpoint."
             )
+
+
+def placed(nodes: Sequence[str]) -> str:
+    """Which ranks are on which of several nodes, in words that follow others."""
+    if len(set(nodes)) < 2:
+        return ""
+    told, rank = [], 0
+    for node, ranks in groupby(nodes):
+        last = rank + len(list(ranks)) - 1
+        told.append(f"{rank} on {node}" if last == rank else f"{rank} to {last} on {node}")
+        rank = last + 1
+    return f" (rank {', '.join(told)})"
 
 
 @contextmanager

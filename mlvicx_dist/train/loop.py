@@ -6,6 +6,7 @@ optimizer and the step; the data and the schedule are functions of the step (DES
 
 from __future__ import annotations
 
+import platform
 import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -158,7 +159,8 @@ def train(
     wrapped = _wrap(TwoViews(model), config, member)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock()
-    report({"step": start, "steps": total, "world_size": member.world_size, "said": take(said)})
+    begin = {"step": start, "steps": total, "world_size": member.world_size}
+    report({**begin, "node": platform.node(), "said": take(said)})
     heard, saved = Notice.NONE, True
     with ExitStack() as stack:
         log_samples = _sample_log(config, member)

@@ -31,13 +31,18 @@ class Forward(UserCallback):
     def __init__(self, channel: Path, max_failures: int) -> None:
         self.channel, self.max_failures = channel, max_failures
         self._failures, self._step, self._best = 0, 0, -1
+        self._nodes: list[str] = []
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        """Append rank 0's row to the channel."""
+        """Append rank 0's row to the channel; where it is a group's first, with all its nodes."""
         self._step = max(self._step, int(metrics[0]["step"]))
-        self._put(metrics[0])
+        row = metrics[0]
+        if "node" in row:
+            self._nodes = [str(one["node"]) for one in metrics]
+            row = {**row, "nodes": self._nodes}
+        self._put(row)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Say that workers died; raise a user's error, or that they died too often.
@@ -55,7 +60,10 @@ class Forward(UserCallback):
         if regroups:
             self._say(str(regroups[0]))
             return
-        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        ranks = ", ".join(
+            f"{rank} on {self._nodes[rank]}" if rank < len(self._nodes) else str(rank)
+            for rank in sorted(worker_exceptions)
+        )
         words = str(next(iter(worker_exceptions.values()))).strip().splitlines()
         last = words[-1][:200] if words else "no message"
         self._failures = self._failures + 1 if self._step <= self._best else 1

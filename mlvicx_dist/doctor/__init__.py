@@ -1,0 +1,1 @@
+"""`mlvicx doctor`: whether a machine or a cluster is fit for a run, and the remedies."""

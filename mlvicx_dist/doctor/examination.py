@@ -1,0 +1,239 @@
+"""Look at every node of the cluster, or at this machine, and at what a run would need there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.doctor import findings
+from mlvicx_dist.doctor.findings import Finding
+from mlvicx_dist.doctor.node import Probe
+from mlvicx_dist.errors import UserError
+from mlvicx_dist.progress import progress
+from mlvicx_dist.session import ray_session, refused_launches, slots
+from mlvicx_dist.stream.cache import RemoteShard, cache_of
+from mlvicx_dist.train.drive import each
+from mlvicx_dist.train.launch import absolute, check_model, check_workers
+from mlvicx_dist.train.loop import open_shards
+
+ANSWER_S = 60.0
+"""A node that takes longer to answer is not well."""
+EXCHANGE_S = 30.0
+PAIRS = 5
+"""The clock is asked so often; the quickest answer counts."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found, on how many nodes."""
+
+    nodes: int
+    found: Sequence[Finding]
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing stands in the way of a run."""
+        return all(finding.state != "bad" for finding in self.found)
+
+    def document(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "well": self.well,
+            "nodes": self.nodes,
+            "findings": [finding.document() for finding in self.found],
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [finding.line() for finding in self.found]
+
+
+def examine(config: PretrainConfig | None = None) -> Diagnosis:
+    """Look at the cluster that this process is connected to, or at this machine.
+
+    Args:
+        config: A run that is to go there; without one, only the nodes are looked at.
+
+    Raises:
+        UserError: no cluster answers.
+    """
+    import ray
+
+    with ray_session({}, asked="doctor", remedy="start Ray"):
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
+        with progress("looking", len(nodes), "nodes") as bar:
+            ward = _Ward({name: _probe(node["NodeID"]) for name, node in nodes.items()})
+            found = [*ward.nodes(config), *ward.network()]
+            bar.advance(len(nodes))
+            if config:
+                found += ward.run(absolute(config))
+        return Diagnosis(len(nodes), found)
+
+
+class _Ward:
+    """The nodes that are looked at, each by its probe."""
+
+    def __init__(self, probes: dict[str, Any]) -> None:
+        self._probes = probes
+        self._facts: Mapping[str, Any] = {}
+        self._bytes_per_s = 0.0
+
+    def _all(self, method: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """What each node answers, and why the others do not; those are not asked again."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        asked = {n: getattr(p, method).remote(*arguments) for n, p in self._probes.items()}
+        answers, silent = {}, {}
+        until_s = time.monotonic() + ANSWER_S
+        for node, reference in asked.items():
+            try:
+                answers[node] = ray.get(reference, timeout=max(until_s - time.monotonic(), 0.1))
+            except GetTimeoutError:
+                silent[node] = f"nothing in {ANSWER_S:.0f} s"
+            except RayError as error:
+                silent[node] = str(error).strip().splitlines()[-1]
+        for node in silent:
+            del self._probes[node]
+        return answers, silent
+
+    def nodes(self, config: PretrainConfig | None) -> Iterator[Finding]:
+        """Each node by itself."""
+        cache_dir = str(cache_of(config.data).path()) if config else "/tmp"
+        self._facts, silent = self._all("facts", cache_dir)
+        for node, why in silent.items():
+            yield Finding(
+                "nodes", "bad", f"{node} does not answer ({why})", "see its logs, or end it"
+            )
+        if self._facts:
+            cores = sum(facts["cpus"] for facts in self._facts.values())
+            yield Finding("nodes", "ok", f"{findings.few(self._facts)}: {cores} cores")
+            yield from findings.versions(self._facts)
+            yield from findings.devices(self._facts, config)
+            yield from findings.limits(self._facts, config)
+        yield from findings.launches(refused_launches())
+
+    def network(self) -> Iterator[Finding]:
+        """Clocks, and the rate between nodes."""
+        if self._probes:
+            yield findings.clocks({node: _skew(probe) for node, probe in self._probes.items()})
+        if len(self._probes) < 2:
+            return
+        try:
+            self._bytes_per_s = self._exchange()
+        except Exception as error:
+            why = str(error).strip().splitlines()[-1]
+            yield Finding(
+                "exchange",
+                "bad",
+                f"the nodes cannot exchange data ({why})",
+                "open all ports between them, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to "
+                "the interface that they share",
+            )
+        else:
+            yield findings.exchange(self._bytes_per_s)
+
+    def _exchange(self) -> float:
+        import ray
+
+        first, *_ = probes = list(self._probes.values())
+        where = ray.get(first.meeting_point.remote(), timeout=ANSWER_S)
+        rates = [
+            probe.exchange.remote(rank, len(probes), where, EXCHANGE_S)
+            for rank, probe in enumerate(probes)
+        ]
+        return float(min(ray.get(rates, timeout=2 * EXCHANGE_S)))
+
+    def run(self, config: PretrainConfig) -> Iterator[Finding]:
+        """What a run needs: room, shards, storage, a loader that keeps up."""
+        room, workers = slots(each(config.workers)), config.workers.num
+        if room < workers:
+            asked = " and ".join(f"{n:g} {kind}" for kind, n in each(config.workers).items())
+            yield Finding(
+                "workers",
+                "bad",
+                f"workers.num is {workers}, but there is room for {room} of {asked} each",
+                "lower workers.num, or take more or larger nodes",
+            )
+        else:
+            yield Finding("workers", "ok", f"{workers} asked for, room for {room}")
+        yield from self._storage(config.run.storage_path)
+        try:
+            parameters = check_model(config)
+            check_workers(config)
+            shards = open_shards(config)
+        except UserError as error:
+            yield Finding("run", "bad", str(error).rstrip("."))
+            return
+        remote = [shard for shard in shards.shards if isinstance(shard, RemoteShard)]
+        yield Finding("shards", "ok", f"{len(shards)} images in {len(shards.shards)} shards")
+        wanted = remote[0].cache.wanted_bytes if remote else 0
+        yield findings.cache(self._facts, config, wanted)
+        rates = _rates(config)
+        if "error" in rates:
+            yield Finding("worker", rates["state"], rates["error"], rates.get("remedy", ""))
+            return
+        yield findings.loading(rates["loader"], rates["step"])
+        if self._bytes_per_s:
+            step_s = config.train.batch_size / workers / rates["step"]
+            yield findings.gradients(self._bytes_per_s, parameters, step_s)
+
+    def _storage(self, folder: str) -> Iterator[Finding]:
+        writes, _ = self._all("write", folder)
+        names = {node: answer["name"] for node, answer in writes.items() if "name" in answer}
+        blind = []
+        for writer, name in names.items():
+            seen, _ = self._all("sees", folder, name)
+            blind += [(node, writer) for node, there in seen.items() if not there]
+        for name in names.values():
+            self._all("remove", folder, name)
+        yield from findings.storage(folder, "run.storage_path", writes, blind)
+
+
+def _probe(node_id: str, **resources: float) -> Any:
+    """A probe on a node; it holds no core, so that it finds room beside whatever runs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(Probe).options(num_cpus=0, scheduling_strategy=place).remote()
+
+
+def _skew(probe: Any) -> tuple[float, float]:
+    """How far a node's clock is ahead of this one, in seconds, and how well that is known."""
+    import ray
+
+    answers = []
+    for _ in range(PAIRS):
+        before = time.time()
+        there = ray.get(probe.now.remote(), timeout=ANSWER_S)
+        after = time.time()
+        answers.append(((after - before) / 2, there - (before + after) / 2))
+    within, skew = min(answers)
+    return skew, within
+
+
+def _rates(config: PretrainConfig) -> dict[str, Any]:
+    """What a worker's loader and its steps do, measured where a worker would be placed."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    one = each(config.workers)
+    worker = ray.remote(Probe).options(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0)).remote()
+    try:
+        return dict(ray.get(worker.rates.remote(config), timeout=ANSWER_S))
+    except GetTimeoutError:
+        return {
+            "state": "warn",
+            "error": f"no worker was measured in {ANSWER_S:.0f} s: nodes are busy or not up yet",
+            "remedy": "see `ray status`",
+        }
+    except RayError as error:
+        return {"state": "bad", "error": f"a worker died ({str(error).strip().splitlines()[-1]})"}
+    finally:
+        ray.kill(worker)

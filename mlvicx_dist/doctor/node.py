@@ -1,0 +1,245 @@
+"""What a node tells of itself; `Probe` runs there."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.errors import UserError
+from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whole
+
+EXCHANGE_BYTES = 2**25
+"""What is all-reduced at a time: about one bucket of gradients."""
+EXCHANGES = 4
+LOADING_S = 2.0
+STEPS, CPU_ROWS = 2, 4
+"""Steps that are timed, and images in each where there is no GPU."""
+PROBE_BYTES = 2**20
+
+
+class Probe:
+    """An actor on one node; what it answers is for `findings`."""
+
+    def now(self) -> float:
+        """The node's clock, in seconds since 1970."""
+        return time.time()
+
+    def facts(self, cache_dir: str) -> dict[str, Any]:
+        """Versions, GPUs and limits of this node.
+
+        Args:
+            cache_dir: Where shards of a store would be kept; it need not exist.
+        """
+        import torch
+
+        from mlvicx_dist.train.versions import library_versions
+
+        gpus, driver = _gpus()
+        shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+        cache = Path(cache_dir)
+        while not cache.exists():
+            cache = cache.parent
+        return {
+            "versions": {
+                "python": platform.python_version(),
+                **library_versions(),
+                "cuda": str(torch.version.cuda or "none"),
+                "nccl": _nccl(),
+                **({"driver": driver} if driver else {}),
+            },
+            "gpus": gpus,
+            "cpus": len(os.sched_getaffinity(0)),
+            "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "shm_bytes": shm.free if shm else 0,
+            "cache_bytes": shutil.disk_usage(cache).free,
+            "temp": shutil.disk_usage(tempfile.gettempdir())._asdict(),
+        }
+
+    def write(self, folder: str) -> dict[str, Any]:
+        """Write a small file into a folder or store and read it back: its name and the seconds."""
+        there = place(folder)
+        name = f".doctor-{uuid.uuid4().hex}"
+        data = os.urandom(PROBE_BYTES)
+        try:
+            make_folder(there)
+            began = time.perf_counter()
+            write_whole(there / name, data)
+            written = time.perf_counter()
+            same = read_bytes(there / name) == data
+        except OSError as error:
+            return {"error": told(error)}
+        if not same:
+            return {"name": name, "error": "what was read is not what was written"}
+        return {
+            "name": name,
+            "write_s": written - began,
+            "read_s": time.perf_counter() - written,
+        }
+
+    def sees(self, folder: str, name: str) -> bool:
+        """Whether a file that another node wrote is there."""
+        try:
+            return bool((place(folder) / name).exists())
+        except OSError:
+            return False
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove what `write` left."""
+        (place(folder) / name).unlink(missing_ok=True)
+
+    def meeting_point(self) -> str:
+        """An address and a free port of this node."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as free:
+            free.bind((address, 0))
+            return f"tcp://{address}:{free.getsockname()[1]}"
+
+    def exchange(self, rank: int, world_size: int, where: str, timeout_s: float) -> float:
+        """All-reduce with the other nodes: bytes a second, by NCCL where this actor has a GPU."""
+        import torch
+        import torch.distributed as dist
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=where,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        try:
+            data = torch.ones(EXCHANGE_BYTES // 4, device=device)
+            dist.all_reduce(data)
+            _wait(device)
+            began = time.perf_counter()
+            for _ in range(EXCHANGES):
+                dist.all_reduce(data)
+            _wait(device)
+            return EXCHANGES * EXCHANGE_BYTES / (time.perf_counter() - began)
+        finally:
+            dist.destroy_process_group()
+
+    def rates(self, config: PretrainConfig) -> dict[str, Any]:
+        """Images/s of one worker's loader and of its training steps, one after the other."""
+        import torch
+
+        from mlvicx_dist.train.memory import check_memory
+
+        torch.set_num_threads(config.workers.cpus_per_worker)
+        cores = len(os.sched_getaffinity(0)) // config.workers.cpus_per_worker
+        together = max(min(config.workers.num, cores), 1)
+        try:
+            check_memory(config, config.workers.num, node_workers=together, where="a node")
+            return {"loader": _loader_rate(config), "step": _step_rate(config)}
+        except UserError as error:
+            return {"state": "bad", "error": str(error).rstrip(".")}
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str]:
+    """Names and memory of the GPUs and the driver's version, whatever Ray lets this process see."""
+    asked = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [], ""
+    rows = [[part.strip() for part in line.split(",")] for line in said.splitlines()]
+    found = [{"name": row[0], "memory_bytes": int(row[1]) * 2**20} for row in rows]
+    return found, rows[0][2] if rows else ""
+
+
+def _nccl() -> str:
+    import torch
+
+    if not torch.distributed.is_nccl_available():
+        return "none"
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _loader_rate(config: PretrainConfig) -> float:
+    """Images/s of one worker's loader, of batches after the first."""
+    from mlvicx_dist.stream.loader import Steps, batches
+    from mlvicx_dist.train.loop import open_shards
+
+    steps = Steps(
+        open_shards(config),
+        config.views,
+        batch=config.train.batch_size,
+        seed=config.train.seed,
+        rank=0,
+        world_size=config.workers.num,
+    )
+    stop = config.train.epochs * steps.steps_per_epoch
+    stream = iter(
+        batches(steps, start=0, stop=stop, workers=config.data.loader_workers, pin_memory=False)
+    )
+    next(stream)
+    began, count = time.perf_counter(), 0
+    for batch in stream:
+        count += batch.images.shape[1]
+        if time.perf_counter() - began > LOADING_S:
+            break
+    return count / (time.perf_counter() - began)
+
+
+def _step_rate(config: PretrainConfig) -> float:
+    """Images/s of one worker's training steps; without exchange with others."""
+    import torch
+
+    from mlvicx_dist.model.mlvicx import build_model
+    from mlvicx_dist.stream.augment import PARAMETERS
+    from mlvicx_dist.stream.loader import Batch
+    from mlvicx_dist.train.loop import Member, TwoViews, train_step
+    from mlvicx_dist.train.optim import make_optimizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = math.ceil(config.train.batch_size / config.workers.num)
+    if device.type == "cpu":
+        rows = min(rows, CPU_ROWS)
+    alone = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_size": rows})}
+    )
+    model = build_model(config.model.model_copy(update={"init": "random"}), 0).to(device)
+    views, optimizer = TwoViews(model), make_optimizer(model, config.train)
+    size = config.views.image_size_px
+    batch = Batch(
+        0,
+        torch.zeros(rows),
+        torch.randint(0, 255, (2, rows, 1, size, size), dtype=torch.uint8),
+        torch.ones(2, rows, len(PARAMETERS)),
+    )
+
+    def step() -> None:
+        train_step(views, optimizer, batch, 1e-6, alone, Member(0, 1, device))
+        _wait(device)
+
+    step()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return STEPS * rows / (time.perf_counter() - began)

@@ -1,0 +1,112 @@
+"""cluster/slurm.sbatch on two machines, with stand-ins for what Slurm itself does."""
+
+import os
+import subprocess
+import time
+
+import pytest
+from machines import ROOT, Lan, missing
+from samples import attempts
+from small import SMALL
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+RUN = """\
+kind: pretrain
+run: {{name: batch, storage_path: {folder}/runs, samples_path: {folder}/samples}}
+data: {{shards: [{{path: {shards}}}], loader_workers: 0}}
+train: {{batch_size: 6, epochs: {epochs}, optimizer: adamw, warmup_epochs: 1, log_every_steps: 1}}
+workers: {{num: 2, cpus_per_worker: 2}}
+checkpoint: {{every_steps: 1000000}}
+"""
+# Runs a command as one task on each node, and ends with the worst of their exit codes.
+SRUN = """\
+#!/usr/bin/env bash
+nodes="node1 node2"
+while [[ $1 == --* ]]; do
+  [[ $1 == --nodelist=* ]] && nodes=${{1#*=}}
+  shift
+done
+command="cd {root}; . .venv/bin/activate; export RAY_AUTH_MODE=token;"
+command+=" export RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0;"
+command+=$(printf ' %q' "$@")
+tasks=()
+for node in $nodes; do
+  ssh -i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \\
+    "root@$node" "$command" &
+  tasks+=($!)
+done
+worst=0
+for task in "${{tasks[@]}}"; do wait "$task" || worst=$?; done
+exit $worst
+"""
+SCONTROL = """\
+#!/usr/bin/env bash
+[[ $1 == show ]] && printf '%s\\n' node1 node2 || echo "$@" >>{folder}/scontrol
+"""
+
+
+@pytest.fixture
+def slurm(phantom_shards):
+    if reason := missing():
+        pytest.skip(reason)
+    lan = Lan()
+    try:
+        lan.add(2)
+        tools = lan.folder / "tools"
+        tools.mkdir()
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (tools / name).write_text(text.format(root=ROOT, key=lan.key, folder=lan.folder))
+            (tools / name).chmod(0o755)
+        subprocess.run(["cp", "-r", phantom_shards, lan.folder / "shards"], check=True)
+        yield lan
+    finally:
+        lan.end()
+
+
+def batch(lan, epochs):
+    """Start the script as Slurm does on the job's first node."""
+    config = lan.folder / "run.yaml"
+    shards = lan.folder / "shards"
+    config.write_text(RUN.format(folder=lan.folder, shards=shards, epochs=epochs) + SMALL)
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "2",
+        "PATH": f"{lan.folder}/tools:{os.environ['PATH']}",
+    }
+    told = " ".join(f"{key}='{value}'" for key, value in job.items())
+    script = f"env {told} bash {ROOT}/cluster/slurm.sbatch {config}"
+    log = (lan.folder / f"log{time.time_ns()}").open("w+")
+    return subprocess.Popen([*lan.machines[0].ssh, script], stdout=log, stderr=log), log
+
+
+def words(log):
+    log.seek(0)
+    return log.read()
+
+
+def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(slurm):
+    process, log = batch(slurm, epochs=4000)
+    end = time.monotonic() + 150
+    folder = slurm.folder / "samples"
+
+    def step():
+        return max(attempts(folder)[-1].whole(), default=0) if folder.is_dir() else 0
+
+    while step() < 5:
+        assert process.poll() is None and time.monotonic() < end, words(log)
+        time.sleep(0.5)
+    slurm.machines[0].do("pkill -USR1 -f [s]lurm.sbatch")
+    assert process.wait(timeout=120) == 143, words(log)
+    assert (slurm.folder / "scontrol").read_text() == "requeue 7\n"
+    assert list((slurm.folder / "runs" / "batch" / "checkpoints").glob("*.json"))
+    assert "(rank 0 on node1, 1 on node2)" in words(log) and "nothing is lost" in words(log)
+
+
+def test_a_job_that_ends_by_itself_is_not_queued_again(slurm):
+    process, log = batch(slurm, epochs=1)
+    assert process.wait(timeout=240) == 0, words(log)
+    assert "trained to step" in words(log) and not (slurm.folder / "scontrol").exists()
