@@ -65,7 +65,8 @@ def examine(config: PretrainConfig | None = None) -> Diagnosis:
 
     with ray_session({}, asked="doctor", remedy="start Ray"):
         logging.getLogger("ray").setLevel(logging.ERROR)
-        nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = {one["NodeManagerAddress"]: one for one in sorted(alive, key=_by_address)}
         with progress("looking", len(nodes), "nodes") as bar:
             ward = _Ward({name: _probe(node["NodeID"]) for name, node in nodes.items()})
             found = [*ward.nodes(config), *ward.network()]
@@ -193,6 +194,10 @@ class _Ward:
         for name in names.values():
             self._all("remove", folder, name)
         yield from findings.storage(folder, "run.storage_path", writes, blind)
+
+
+def _by_address(node: Mapping[str, Any]) -> str:
+    return str(node["NodeManagerAddress"])
 
 
 def _probe(node_id: str, **resources: float) -> Any:

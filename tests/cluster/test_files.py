@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_doors_are_closed_and_versions_pinned(name):
         ["bash", "~/mlvicx/node.sh"]
     ]
     start = " ".join(tree["head_start_ray_commands"])
-    assert "--dashboard-host 127.0.0.1" in start and "ray.util.client.server" in start
+    assert "--dashboard-host 127.0.0.1" in start and "pkill -f '[r]ay.util.client" in start
     assert {"head_setup_commands", "worker_setup_commands", "initialization_commands"} <= set(tree)
 
 
@@ -140,12 +141,9 @@ def test_a_job_uploads_code_and_settings_alone(tmp_path):
 
 
 def test_the_roles_are_well_formed_and_narrow():
-    from cfnlint import decode
-    from cfnlint.api import lint_all
-
     path = CLUSTER / "aws-roles.yaml"
-    assert decode.decode_str(path.read_text())[1] == []
-    assert lint_all(path.read_text()) == []
+    lint = [Path(sys.executable).parent / "cfn-lint", path]
+    assert subprocess.run(lint, capture_output=True, text=True).stdout == ""
     for statement in re.findall(r"Action: (.*)", path.read_text()):
         assert '"*"' not in statement and "s3:*" not in statement and "iam:*" not in statement
 
