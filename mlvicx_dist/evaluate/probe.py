@@ -73,6 +73,8 @@ def _minimise(
         max_iter=iterations,
         history_size=20,
         tolerance_grad=1e-7,
+        # By default it ends when the loss stands still in its ninth digit: scores then err by 2e-4.
+        tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
 
