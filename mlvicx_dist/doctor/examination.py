@@ -15,10 +15,6 @@ from mlvicx_dist.doctor.node import Probe
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import ray_session, refused_launches, slots
-from mlvicx_dist.stream.cache import RemoteShard, cache_of
-from mlvicx_dist.train.drive import each
-from mlvicx_dist.train.launch import absolute, check_model, check_workers
-from mlvicx_dist.train.loop import open_shards
 
 ANSWER_S = 60.0
 """A node that takes longer to answer is not well."""
@@ -68,19 +64,25 @@ def examine(config: PretrainConfig | None = None) -> Diagnosis:
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {one["NodeManagerAddress"]: one for one in sorted(alive, key=_by_address)}
         with progress("looking", len(nodes), "nodes") as bar:
-            ward = _Ward({name: _probe(node["NodeID"]) for name, node in nodes.items()})
+            cores = {name: node["Resources"].get("CPU", 0.0) for name, node in nodes.items()}
+            probes = {name: _probe(node["NodeID"]) for name, node in nodes.items()}
+            ward = _Ward(probes, cores)
+            # Imported while the probes import the same: here, and by what follows.
+            from mlvicx_dist.train.launch import absolute
+
+            config = absolute(config) if config else None
             found = [*ward.nodes(config), *ward.network()]
             bar.advance(len(nodes))
             if config:
-                found += ward.run(absolute(config))
+                found += ward.run(config)
         return Diagnosis(len(nodes), found)
 
 
 class _Ward:
     """The nodes that are looked at, each by its probe."""
 
-    def __init__(self, probes: dict[str, Any]) -> None:
-        self._probes = probes
+    def __init__(self, probes: dict[str, Any], cores: Mapping[str, float]) -> None:
+        self._probes, self._cores = probes, cores
         self._facts: Mapping[str, Any] = {}
         self._bytes_per_s = 0.0
 
@@ -105,6 +107,8 @@ class _Ward:
 
     def nodes(self, config: PretrainConfig | None) -> Iterator[Finding]:
         """Each node by itself."""
+        from mlvicx_dist.stream.cache import cache_of
+
         cache_dir = str(cache_of(config.data).path()) if config else "/tmp"
         self._facts, silent = self._all("facts", cache_dir)
         for node, why in silent.items():
@@ -152,6 +156,11 @@ class _Ward:
 
     def run(self, config: PretrainConfig) -> Iterator[Finding]:
         """What a run needs: room, shards, storage, a loader that keeps up."""
+        from mlvicx_dist.stream.cache import RemoteShard
+        from mlvicx_dist.train.drive import each
+        from mlvicx_dist.train.launch import check_model, check_workers
+        from mlvicx_dist.train.loop import open_shards
+
         room, workers = slots(each(config.workers)), config.workers.num
         if room < workers:
             asked = " and ".join(f"{n:g} {kind}" for kind, n in each(config.workers).items())
@@ -175,7 +184,7 @@ class _Ward:
         yield Finding("shards", "ok", f"{len(shards)} images in {len(shards.shards)} shards")
         wanted = remote[0].cache.wanted_bytes if remote else 0
         yield findings.cache(self._facts, config, wanted)
-        rates = _rates(config)
+        rates = self._rates(config, each(config.workers))
         if "error" in rates:
             yield Finding("worker", rates["state"], rates["error"], rates.get("remedy", ""))
             return
@@ -183,6 +192,31 @@ class _Ward:
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
             yield findings.gradients(self._bytes_per_s, parameters, step_s)
+
+    def _rates(self, config: PretrainConfig, one: Mapping[str, float]) -> dict[str, Any]:
+        """What a worker's loader and its steps do, measured where a worker would be placed."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        if "GPU" in one:
+            own = ray.remote(Probe).options(num_cpus=one["CPU"], num_gpus=one["GPU"]).remote()
+        else:
+            # The node with the most cores: the head of a cluster may have none.
+            own = self._probes[max(self._probes, key=lambda node: self._cores[node])]
+        try:
+            return dict(ray.get(own.rates.remote(config), timeout=ANSWER_S))
+        except GetTimeoutError:
+            return {
+                "state": "warn",
+                "error": f"none was measured in {ANSWER_S:.0f} s: nodes are busy or not up yet",
+                "remedy": "see `ray status`",
+            }
+        except RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            return {"state": "bad", "error": f"a worker died ({last})"}
+        finally:
+            if "GPU" in one:
+                ray.kill(own)
 
     def _storage(self, folder: str) -> Iterator[Finding]:
         writes, _ = self._all("write", folder)
@@ -200,7 +234,7 @@ def _by_address(node: Mapping[str, Any]) -> str:
     return str(node["NodeManagerAddress"])
 
 
-def _probe(node_id: str, **resources: float) -> Any:
+def _probe(node_id: str) -> Any:
     """A probe on a node; it holds no core, so that it finds room beside whatever runs."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -221,24 +255,3 @@ def _skew(probe: Any) -> tuple[float, float]:
         answers.append(((after - before) / 2, there - (before + after) / 2))
     within, skew = min(answers)
     return skew, within
-
-
-def _rates(config: PretrainConfig) -> dict[str, Any]:
-    """What a worker's loader and its steps do, measured where a worker would be placed."""
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-
-    one = each(config.workers)
-    worker = ray.remote(Probe).options(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0)).remote()
-    try:
-        return dict(ray.get(worker.rates.remote(config), timeout=ANSWER_S))
-    except GetTimeoutError:
-        return {
-            "state": "warn",
-            "error": f"no worker was measured in {ANSWER_S:.0f} s: nodes are busy or not up yet",
-            "remedy": "see `ray status`",
-        }
-    except RayError as error:
-        return {"state": "bad", "error": f"a worker died ({str(error).strip().splitlines()[-1]})"}
-    finally:
-        ray.kill(worker)

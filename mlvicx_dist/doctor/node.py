@@ -23,7 +23,7 @@ from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whol
 EXCHANGE_BYTES = 2**25
 """What is all-reduced at a time: about one bucket of gradients."""
 EXCHANGES = 4
-LOADING_S = 2.0
+LOADING_S = 1.0
 STEPS, CPU_ROWS = 2, 4
 """Steps that are timed, and images in each where there is no GPU."""
 PROBE_BYTES = 2**20
@@ -182,8 +182,8 @@ def _nccl() -> str:
 
 
 def _loader_rate(config: PretrainConfig) -> float:
-    """Images/s of one worker's loader, of batches after the first."""
-    from mlvicx_dist.stream.loader import Steps, batches
+    """Images/s of one worker's loader: what one process loads, times its processes."""
+    from mlvicx_dist.stream.loader import Steps
     from mlvicx_dist.train.loop import open_shards
 
     steps = Steps(
@@ -194,17 +194,13 @@ def _loader_rate(config: PretrainConfig) -> float:
         rank=0,
         world_size=config.workers.num,
     )
-    stop = config.train.epochs * steps.steps_per_epoch
-    stream = iter(
-        batches(steps, start=0, stop=stop, workers=config.data.loader_workers, pin_memory=False)
-    )
-    next(stream)
-    began, count = time.perf_counter(), 0
-    for batch in stream:
-        count += batch.images.shape[1]
-        if time.perf_counter() - began > LOADING_S:
-            break
-    return count / (time.perf_counter() - began)
+    step, count, began = 0, 0, time.perf_counter()
+    while not count or time.perf_counter() - began < LOADING_S:
+        batch = steps[step % steps.steps_per_epoch]
+        if isinstance(batch, UserError):
+            raise batch
+        step, count = step + 1, count + batch.images.shape[1]
+    return count * max(config.data.loader_workers, 1) / (time.perf_counter() - began)
 
 
 def _step_rate(config: PretrainConfig) -> float:
