@@ -36,6 +36,7 @@ from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.train.loop import Member, train
 from mlvicx_dist.train.notices import NoNotices
+from mlvicx_dist.train.versions import bf16_in_software
 
 BATCH, STEPS, ROUNDS = 64, 3, 2
 DEFAULT = Path(__file__).parents[1] / "configs" / "pretrain" / "default.yaml"
@@ -102,8 +103,7 @@ def measure() -> list[Row]:
         pack(listing.records, folder / "shards", settings=whole, salt=b"\0" * 32)
         rows = []
         # Where a CPU has no bf16, a step takes minutes.
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        for precision in ("float32", "bf16") if fast else ("float32",):
+        for precision in ("float32",) if bf16_in_software() else ("float32", "bf16"):
             pairs = [
                 (images_per_s(2, folder, precision), images_per_s(1, folder, precision))
                 for _ in range(ROUNDS)

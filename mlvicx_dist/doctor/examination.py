@@ -73,7 +73,7 @@ def examine(config: PretrainConfig | None = None) -> Diagnosis:
             config = absolute(config) if config else None
             found = [*ward.nodes(config), *ward.network()]
             bar.advance(len(nodes))
-            if config:
+            if config and ward.answers:
                 found += ward.run(config)
         return Diagnosis(len(nodes), found)
 
@@ -85,6 +85,11 @@ class _Ward:
         self._probes, self._cores = probes, cores
         self._facts: Mapping[str, Any] = {}
         self._bytes_per_s = 0.0
+
+    @property
+    def answers(self) -> bool:
+        """Whether a node is left that answers."""
+        return bool(self._probes)
 
     def _all(self, method: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """What each node answers, and why the others do not; those are not asked again."""
@@ -100,7 +105,7 @@ class _Ward:
             except GetTimeoutError:
                 silent[node] = f"nothing in {ANSWER_S:.0f} s"
             except RayError as error:
-                silent[node] = str(error).strip().splitlines()[-1]
+                silent[node] = _why(error)
         for node in silent:
             del self._probes[node]
         return answers, silent
@@ -125,23 +130,35 @@ class _Ward:
 
     def network(self) -> Iterator[Finding]:
         """Clocks, and the rate between nodes."""
-        if self._probes:
-            yield findings.clocks({node: _skew(probe) for node, probe in self._probes.items()})
+        skews = self._skews()
+        if skews:
+            yield findings.clocks(skews)
         if len(self._probes) < 2:
             return
         try:
             self._bytes_per_s = self._exchange()
         except Exception as error:
-            why = str(error).strip().splitlines()[-1]
             yield Finding(
                 "exchange",
                 "bad",
-                f"the nodes cannot exchange data ({why})",
+                f"the nodes cannot exchange data ({_why(error)})",
                 "open all ports between them, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to "
                 "the interface that they share",
             )
         else:
             yield findings.exchange(self._bytes_per_s)
+
+    def _skews(self) -> dict[str, tuple[float, float]]:
+        """How far each clock is ahead of this one, in seconds, and how well that is known."""
+        skews: dict[str, tuple[float, float]] = {}
+        for _ in range(PAIRS):
+            before = time.time()
+            there, _ = self._all("now")
+            after = time.time()
+            for node, at in there.items():
+                found = (at - (before + after) / 2, (after - before) / 2)
+                skews[node] = min(skews.get(node, found), found, key=lambda pair: pair[1])
+        return skews
 
     def _exchange(self) -> float:
         import ray
@@ -184,6 +201,8 @@ class _Ward:
         yield Finding("shards", "ok", f"{len(shards)} images in {len(shards.shards)} shards")
         wanted = remote[0].cache.wanted_bytes if remote else 0
         yield findings.cache(self._facts, config, wanted)
+        if not self._probes:
+            return
         rates = self._rates(config, each(config.workers))
         if "error" in rates:
             yield Finding("worker", rates["state"], rates["error"], rates.get("remedy", ""))
@@ -212,14 +231,14 @@ class _Ward:
                 "remedy": "see `ray status`",
             }
         except RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            return {"state": "bad", "error": f"a worker died ({last})"}
+            return {"state": "bad", "error": f"a worker died ({_why(error)})"}
         finally:
             if "GPU" in one:
                 ray.kill(own)
 
     def _storage(self, folder: str) -> Iterator[Finding]:
-        writes, _ = self._all("write", folder)
+        writes, silent = self._all("write", folder)
+        writes |= {node: {"error": why} for node, why in silent.items()}
         names = {node: answer["name"] for node, answer in writes.items() if "name" in answer}
         blind = []
         for writer, name in names.items():
@@ -243,15 +262,6 @@ def _probe(node_id: str) -> Any:
     return ray.remote(Probe).options(num_cpus=0, scheduling_strategy=place).remote()
 
 
-def _skew(probe: Any) -> tuple[float, float]:
-    """How far a node's clock is ahead of this one, in seconds, and how well that is known."""
-    import ray
-
-    answers = []
-    for _ in range(PAIRS):
-        before = time.time()
-        there = ray.get(probe.now.remote(), timeout=ANSWER_S)
-        after = time.time()
-        answers.append(((after - before) / 2, there - (before + after) / 2))
-    within, skew = min(answers)
-    return skew, within
+def _why(error: BaseException) -> str:
+    """The last line of what an error says, which is its cause in those that Ray hands on."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -44,7 +44,7 @@ class Probe:
         """
         import torch
 
-        from mlvicx_dist.train.versions import library_versions
+        from mlvicx_dist.train.versions import bf16_in_software, library_versions
 
         gpus, driver = _gpus()
         shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -61,7 +61,7 @@ class Probe:
             },
             "gpus": gpus,
             "cpus": len(os.sched_getaffinity(0)),
-            "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+            "bf16": not bf16_in_software(),
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "shm_bytes": shm.free if shm else 0,
             "cache_bytes": shutil.disk_usage(cache).free,

@@ -36,6 +36,7 @@ ELASTIC_START_S = 12.0
 IDLE_S = 5.0
 """After a signal: how long to wait for word of a group that may just have begun."""
 REFUSALS_S = 20.0
+"""How often the autoscaler is asked what it was refused, while workers are waited for."""
 LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
 

@@ -50,6 +50,7 @@ from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
+from mlvicx_dist.train.versions import bf16_in_software
 
 Row = dict[str, Any]
 
@@ -327,11 +328,7 @@ def _wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
 
 def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:
     """Say that bf16 costs time here and gains none."""
-    if (
-        config.train.precision == "bf16"
-        and member.device.type == "cpu"
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if config.train.precision == "bf16" and member.device.type == "cpu" and bf16_in_software():
         say(
             "this CPU computes bf16 in software, which takes some 20 times as long as float32; "
             "stop, and begin with train.precision=float32."

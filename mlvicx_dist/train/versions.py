@@ -17,6 +17,13 @@ def library_versions() -> dict[str, str]:
     return {"mlvicx_dist": mlvicx_dist.__version__, **{name: version(name) for name in LIBRARIES}}
 
 
+def bf16_in_software() -> bool:
+    """Whether this CPU has no bf16, which then takes some 20 times as long as float32."""
+    import torch
+
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def machine() -> dict[str, Any]:
     """The machine in a few words; no host name and no user."""
     return {
