@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# Threads of OpenMP wait by spinning: two of each process on two cores hold each other up.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 

@@ -13,8 +13,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from samples import attempts
+from small import SMALL
+
 ROOT = Path(__file__).parents[2]
 LAPTOP = "10.77.0.254"
+RUN = """\
+kind: pretrain
+run: {{name: {name}, storage_path: {folder}/runs, samples_path: {folder}/samples/{name}}}
+data: {{shards: [{{path: {folder}/shards}}], loader_workers: 0}}
+train: {{batch_size: 6, epochs: {epochs}, optimizer: adamw, warmup_epochs: 1, log_every_steps: 1}}
+workers: {{num: {workers}, cpus_per_worker: {cpus}, start_timeout_s: 30}}
+checkpoint: {{every_steps: 1000000, keep: 2}}
+"""
 SSHD = """\
 Port 22
 HostKey {folder}/hostkey
@@ -160,9 +171,9 @@ class Machine:
 
 
 class Lan:
-    """The bridge, and the machines on it."""
+    """The bridge, the machines on it, and the folder that all of them see, with its shards."""
 
-    def __init__(self):
+    def __init__(self, shards):
         # Not below /tmp, of which each machine has its own.
         self.folder = Path(tempfile.mkdtemp(prefix="mlvicx-lan-", dir="/var/tmp"))
         self.key = str(self.folder / "key")
@@ -170,6 +181,7 @@ class Lan:
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "hostkey")
         shutil.copy(self.key + ".pub", self.folder / "authorized")
         (self.folder / "sshd_config").write_text(SSHD.format(folder=self.folder))
+        shutil.copytree(shards, self.folder / "shards")
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "lan", "type", "bridge")
         run("ip", "addr", "add", f"{LAPTOP}/24", "dev", "lan")
@@ -181,6 +193,29 @@ class Lan:
         for _ in range(count):
             self.machines.append(Machine(self, len(self.machines) + 1))
         return self.machines
+
+    def config(self, name, *, epochs=2, workers=2, cpus=2):
+        """The file of a small run of this name."""
+        path = self.folder / f"{name}.yaml"
+        settings = RUN.format(
+            name=name, folder=self.folder, epochs=epochs, workers=workers, cpus=cpus
+        )
+        path.write_text(settings + SMALL)
+        return path
+
+    def groups(self, name):
+        """The groups of workers that trained it so far."""
+        folder = self.folder / "samples" / name
+        return attempts(folder) if folder.is_dir() else []
+
+    def step(self, name):
+        """The last step that a whole group has done."""
+        groups = self.groups(name)
+        return max(groups[-1].whole(), default=0) if groups else 0
+
+    def checkpoints(self, name):
+        """Those that are whole."""
+        return list((self.folder / "runs" / name / "checkpoints").glob("*.json"))
 
     def end(self):
         """Switch all off."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from machines import LAPTOP, ROOT, Lan, missing, run
+from machines import LAPTOP, ROOT, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -26,13 +26,10 @@ ray.get(work.remote(), timeout=300)
 
 
 @pytest.fixture
-def aws(monkeypatch):
-    """boto3's clients, a Lan, and the environment in which both see the stand-in."""
-    if reason := missing():
-        pytest.skip(reason)
+def aws(lan, monkeypatch):
+    """boto3's clients, machines, and the environment in which both see the stand-in."""
     import boto3
 
-    lan = Lan()
     url = f"http://{LAPTOP}:{PORT}"
     env = {
         "AWS_ENDPOINT_URL": url,
@@ -61,7 +58,6 @@ def aws(monkeypatch):
     finally:
         server.kill()
         server.wait()
-        lan.end()
 
 
 def instances(client):

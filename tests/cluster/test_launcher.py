@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -11,20 +10,10 @@ import urllib.request
 
 import pytest
 import yaml
-from machines import ROOT, Lan, missing
-from samples import attempts
-from small import SMALL
+from machines import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-RUN = """\
-kind: pretrain
-run: {{name: {name}, storage_path: {folder}/runs, samples_path: {folder}/samples/{name}}}
-data: {{shards: [{{path: {folder}/shards}}], loader_workers: 0}}
-train: {{batch_size: 6, epochs: {epochs}, optimizer: adamw, warmup_epochs: 1, log_every_steps: 1}}
-workers: {{num: {workers}, cpus_per_worker: {cpus}, start_timeout_s: 30}}
-checkpoint: {{every_steps: 1000000, keep: 2}}
-"""
 WHERE = """
 import ray, mlvicx_dist
 ray.init(log_to_driver=False)
@@ -115,22 +104,6 @@ class Launched:
             "job", "submit", *options, "--working-dir", ".", "--", *command, check=check
         )
 
-    def config(self, name, *, epochs=2, workers=2, cpus=2):
-        path = self.lan.folder / f"{name}.yaml"
-        settings = RUN.format(
-            name=name, folder=self.lan.folder, epochs=epochs, workers=workers, cpus=cpus
-        )
-        path.write_text(settings + SMALL)
-        return path
-
-    def groups(self, name):
-        folder = self.lan.folder / "samples" / name
-        return attempts(folder) if folder.is_dir() else []
-
-    def step(self, name):
-        groups = self.groups(name)
-        return max(groups[-1].whole(), default=0) if groups else 0
-
     def until(self, true, within, what):
         end = time.monotonic() + within
         while not true():
@@ -144,21 +117,14 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def cluster(phantom_shards):
-    if reason := missing():
-        pytest.skip(reason)
-    lan = Lan()
-    try:
-        launched = Launched(lan, lan.add(3))
-        shutil.copytree(phantom_shards, lan.folder / "shards")
-        launched.up()
-        yield launched
-        launched.down()
-        # Ray stops the head; the others end when they have not heard of it for a minute.
-        for machine in launched.machines:
-            launched.until(lambda m=machine: "raylet" not in m.do("ps -eo comm"), 150, "end")
-    finally:
-        lan.end()
+def cluster(lan):
+    launched = Launched(lan, lan.add(3))
+    launched.up()
+    yield launched
+    launched.down()
+    # Ray stops the head; the others end when they have not heard of it for a minute.
+    for machine in launched.machines:
+        launched.until(lambda m=machine: "raylet" not in m.do("ps -eo comm"), 150, "end")
 
 
 def test_only_ssh_and_the_cluster_itself_can_be_reached(cluster):
@@ -173,7 +139,7 @@ def test_only_ssh_and_the_cluster_itself_can_be_reached(cluster):
 
 
 def test_doctor_looks_at_every_node(cluster):
-    said = cluster.job("doctor", cluster.config("look", workers=3)).stdout
+    said = cluster.job("doctor", cluster.lan.config("look", workers=3)).stdout
     assert "ok    nodes       10.77.0.1, 10.77.0.2, 10.77.0.3: 6 cores" in said
     assert "GB/s all-reduced between nodes" in said and "room for 3" in said
     assert "bad " not in said
@@ -186,17 +152,17 @@ def test_the_uploaded_code_wins_over_an_installed_copy(cluster):
 
 
 def test_first_step_within_a_minute(cluster, record_property):
-    config = cluster.config("first")
+    config = cluster.lan.config("first")
     began = time.time()
     cluster.job("pretrain", config)
-    first = min(row["time"] for row in cluster.groups("first")[0].steps[1])
+    first = min(row["time"] for row in cluster.lan.groups("first")[0].steps[1])
     record_property("seconds", first - began)
     assert first - began < 60
 
 
 def test_three_nodes_have_the_loss_curve_of_one(cluster):
     for name, workers in (("one", 1), ("three", 3)):
-        said = cluster.job("pretrain", cluster.config(name, workers=workers)).stdout
+        said = cluster.job("pretrain", cluster.lan.config(name, workers=workers)).stdout
     assert len(cluster.losses("one")) > 5
     assert cluster.losses("three") == pytest.approx(cluster.losses("one"), rel=1e-4)
     assert {f"node{n}" for n in (1, 2, 3)} == set(re.findall(r"\d on (node\d)", said))
@@ -212,13 +178,13 @@ def test_sweep_and_evaluation_are_jobs_too(cluster):
     sweep += ["--set", "space={loss.lambda_local: {log_uniform: [0.1, 10]}}"]
     assert "best" in cluster.job(*sweep).stdout
     (folder / "evaluate.yaml").write_text(EVALUATE.format(folder=folder))
-    cluster.job("pretrain", cluster.config("judged"))
+    cluster.job("pretrain", cluster.lan.config("judged"))
     said = cluster.job("evaluate", folder / "runs" / "judged", folder / "evaluate.yaml").stdout
     assert "untrained" in said
 
 
 def test_an_error_is_a_sentence_and_an_exit_code(cluster):
-    wrong = cluster.config("wrong", workers=5)
+    wrong = cluster.lan.config("wrong", workers=5)
     done = cluster.job("pretrain", wrong, check=False)
     assert done.returncode == 1
     assert "mlvicx: workers.num x workers.cpus_per_worker asks for 10 CPUs" in done.stdout
@@ -226,40 +192,36 @@ def test_an_error_is_a_sentence_and_an_exit_code(cluster):
 
 
 def test_stop_saves_and_the_same_job_goes_on(cluster):
-    config = cluster.config("stopped", epochs=400)
+    config = cluster.lan.config("stopped", epochs=400)
     cluster.job("pretrain", config, wait=False, name="stopped")
-    cluster.until(lambda: cluster.step("stopped") >= 5, 90, "fifth step")
+    cluster.until(lambda: cluster.lan.step("stopped") >= 5, 90, "fifth step")
     cluster.ray("job", "stop", "stopped")
-    cluster.until(
-        lambda: list((cluster.lan.folder / "runs" / "stopped" / "checkpoints").glob("*.json")),
-        60,
-        "checkpoint",
-    )
-    reached = cluster.step("stopped")
+    cluster.until(lambda: cluster.lan.checkpoints("stopped"), 60, "checkpoint")
+    reached = cluster.lan.step("stopped")
     cluster.job("pretrain", config, wait=False, name="again")
-    cluster.until(lambda: cluster.step("stopped") > reached + 2, 90, "step after the stop")
-    assert abs(cluster.groups("stopped")[-1].start - reached) <= 1
+    cluster.until(lambda: cluster.lan.step("stopped") > reached + 2, 90, "step after the stop")
+    assert abs(cluster.lan.groups("stopped")[-1].start - reached) <= 1
     # Meanwhile the same run is refused to another job, and another run is not.
     twice = cluster.job("pretrain", config, check=False)
     assert twice.returncode == 1 and "Traceback" not in twice.stdout
-    cluster.job("pretrain", cluster.config("beside", workers=1))
+    cluster.job("pretrain", cluster.lan.config("beside", workers=1))
     assert "(rank 0 on node" in cluster.ray("job", "logs", "again").stdout
     cluster.ray("job", "stop", "again")
 
 
 def test_a_node_that_is_cut_off_and_back(cluster):
     """The group goes on without it from its checkpoint, and takes it in again."""
-    config = cluster.config("cut", epochs=4000, workers=3)
+    config = cluster.lan.config("cut", epochs=4000, workers=3)
     elastic = ["--set", "workers.min=2", "--set", "workers.resize_after_s=5"]
     elastic += ["--set", "workers.collective_timeout_s=20", "--set", "checkpoint.every_steps=10"]
     cluster.job("pretrain", config, *elastic, wait=False, name="cut")
-    cluster.until(lambda: cluster.step("cut") >= 20, 120, "twentieth step")
+    cluster.until(lambda: cluster.lan.step("cut") >= 20, 120, "twentieth step")
     third = cluster.machines[2]
     third.unplug()
-    cluster.until(lambda: cluster.groups("cut")[-1].world_size == 2, 180, "group of two")
-    cluster.until(lambda: cluster.step("cut") >= 40, 120, "step of two")
+    cluster.until(lambda: cluster.lan.groups("cut")[-1].world_size == 2, 180, "group of two")
+    cluster.until(lambda: cluster.lan.step("cut") >= 40, 120, "step of two")
     third.plug()
-    cluster.until(lambda: cluster.groups("cut")[-1].world_size == 3, 240, "group of three")
+    cluster.until(lambda: cluster.lan.groups("cut")[-1].world_size == 3, 240, "group of three")
     cluster.ray("job", "stop", "cut")
 
 

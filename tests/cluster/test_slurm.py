@@ -5,20 +5,10 @@ import subprocess
 import time
 
 import pytest
-from machines import ROOT, Lan, missing
-from samples import attempts
-from small import SMALL
+from machines import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-RUN = """\
-kind: pretrain
-run: {{name: batch, storage_path: {folder}/runs, samples_path: {folder}/samples}}
-data: {{shards: [{{path: {shards}}}], loader_workers: 0}}
-train: {{batch_size: 6, epochs: {epochs}, optimizer: adamw, warmup_epochs: 1, log_every_steps: 1}}
-workers: {{num: 2, cpus_per_worker: 2}}
-checkpoint: {{every_steps: 1000000}}
-"""
 # Runs a command as one task on each node, and ends with the worst of their exit codes.
 SRUN = """\
 #!/usr/bin/env bash
@@ -46,29 +36,20 @@ SCONTROL = """\
 """
 
 
-@pytest.fixture
-def slurm(phantom_shards):
-    if reason := missing():
-        pytest.skip(reason)
-    lan = Lan()
-    try:
-        lan.add(2)
-        tools = lan.folder / "tools"
-        tools.mkdir()
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-            (tools / name).write_text(text.format(root=ROOT, key=lan.key, folder=lan.folder))
-            (tools / name).chmod(0o755)
-        subprocess.run(["cp", "-r", phantom_shards, lan.folder / "shards"], check=True)
-        yield lan
-    finally:
-        lan.end()
+@pytest.fixture(scope="module")
+def slurm(lan):
+    lan.add(2)
+    tools = lan.folder / "tools"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text.format(root=ROOT, key=lan.key, folder=lan.folder))
+        (tools / name).chmod(0o755)
+    return lan
 
 
-def batch(lan, epochs):
+def batch(lan, config):
     """Start the script as Slurm does on the job's first node."""
-    config = lan.folder / "run.yaml"
-    shards = lan.folder / "shards"
-    config.write_text(RUN.format(folder=lan.folder, shards=shards, epochs=epochs) + SMALL)
+    (lan.folder / "scontrol").unlink(missing_ok=True)
     job = {
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "7",
@@ -89,24 +70,19 @@ def words(log):
 
 
 def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(slurm):
-    process, log = batch(slurm, epochs=4000)
+    process, log = batch(slurm, slurm.config("long", epochs=4000))
     end = time.monotonic() + 150
-    folder = slurm.folder / "samples"
-
-    def step():
-        return max(attempts(folder)[-1].whole(), default=0) if folder.is_dir() else 0
-
-    while step() < 5:
+    while slurm.step("long") < 5:
         assert process.poll() is None and time.monotonic() < end, words(log)
         time.sleep(0.5)
     slurm.machines[0].do("pkill -USR1 -f [s]lurm.sbatch")
     assert process.wait(timeout=120) == 143, words(log)
     assert (slurm.folder / "scontrol").read_text() == "requeue 7\n"
-    assert list((slurm.folder / "runs" / "batch" / "checkpoints").glob("*.json"))
+    assert slurm.checkpoints("long")
     assert "(rank 0 on node1, 1 on node2)" in words(log) and "nothing is lost" in words(log)
 
 
 def test_a_job_that_ends_by_itself_is_not_queued_again(slurm):
-    process, log = batch(slurm, epochs=1)
+    process, log = batch(slurm, slurm.config("short", epochs=1))
     assert process.wait(timeout=240) == 0, words(log)
     assert "trained to step" in words(log) and not (slurm.folder / "scontrol").exists()

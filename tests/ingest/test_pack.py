@@ -79,6 +79,7 @@ def test_no_patient_is_named_and_none_is_in_two_splits(phantom_records, phantom_
         assert record.patient_id.encode() not in everything
 
 
+@pytest.mark.slow
 def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(phantom_files, tmp_path, salt):
     (tmp_path / "salt").write_text(salt.hex())
     script = os.path.join(os.path.dirname(__file__), "../../sharding/shard_folder.py")

@@ -72,6 +72,7 @@ def ray_processes(session_of):
     return found
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_and_ends(config, run_dir, tmp_path, capsys):
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command(config, "train.epochs=400"), stderr=log, stdout=log)

@@ -151,6 +151,7 @@ def test_more_workers_than_there_is_room_for(ray, phantom_shards, tmp_path, caps
     assert not (tmp_path / "sweeps" / "small" / "trials").exists()
 
 
+@pytest.mark.slow
 def test_all_failed(ray, phantom_shards, tmp_path, capsys):
     settings = tree(phantom_shards, tmp_path / "sweeps")
     settings["pretrain"]["train"]["learning_rate_per_256"] = LOUD
