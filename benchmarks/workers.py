@@ -34,6 +34,7 @@ from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
+from mlvicx_dist.train.allocator import keep_freed_memory
 from mlvicx_dist.train.loop import Member, train
 from mlvicx_dist.train.notices import NoNotices
 from mlvicx_dist.train.versions import bf16_in_software
@@ -60,6 +61,7 @@ def settings(folder: Path, precision: str) -> list[str]:
 def worker(rank: int, world_size: int, port: int, folder: Path, precision: str) -> None:
     """One worker; rank 0 writes the seconds of each step."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 class ContextBottleneck(nn.Module):
@@ -11,6 +15,7 @@ class ContextBottleneck(nn.Module):
 
     Channel: x * sigmoid(f(avgpool x) + f(maxpool x)), f a bottleneck of half the channels, one for
     both pools. Spatial: y * sigmoid(conv7x7 [mean_c y, max_c y]). No residual, no norm, no bias.
+    Of places that share a maximum one gets its gradient; channels that share one share it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -21,8 +26,75 @@ class ContextBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Gate a map, [B, C, H, W] -> [B, C, H, W]."""
-        pools = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)])
-        average, maximum = self.excite(self.squeeze(pools).relu()).chunk(2)
-        y = x * (average + maximum).sigmoid()
-        places = torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1)
-        return y * self.spatial(places).sigmoid()
+        gated: torch.Tensor = _Gates.apply(
+            x, self.squeeze.weight, self.excite.weight, self.spatial.weight
+        )
+        return gated
+
+
+class _Gates(torch.autograd.Function):
+    """Both gates, in few passes over the map, which are what they cost.
+
+    Only the map itself is kept for backward. What is small is computed in float32 at least. In the
+    names `c` is the channels' gate, [B, C], and `p` the places', [B, P] with P = H W.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        squeeze: torch.Tensor,
+        excite: torch.Tensor,
+        spatial: torch.Tensor,
+    ) -> torch.Tensor:
+        fine = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            highest, top = functional.adaptive_max_pool2d(x, 1, return_indices=True)
+            pools = torch.stack([x.mean((2, 3)), highest.flatten(1)]).to(fine)
+            hidden = (pools @ squeeze.flatten(1).to(fine).T).relu()
+            c = (hidden.sum(0) @ excite.flatten(1).to(fine).T).sigmoid()
+            y = x * c[..., None, None].to(x.dtype)
+            strongest = y.amax(1)
+            places = torch.stack([y.mean(1), strongest], 1).to(fine)
+            p = functional.conv2d(places, spatial.to(fine), padding=3).sigmoid()
+            y *= p.to(x.dtype)
+        ctx.save_for_backward(
+            x, squeeze, excite, spatial, pools, hidden, c, places, p, top, strongest
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, squeeze, excite, spatial, pools, hidden, c, places, p, top, strongest = ctx.saved_tensors
+        kind, fine = x.dtype, c.dtype
+        channels = c[..., None].to(kind)
+        down, up, window = squeeze.flatten(1).to(fine), excite.flatten(1).to(fine), spatial.to(fine)
+        with torch.autocast(x.device.type, enabled=False):
+            m, g = x.flatten(2), gradient.flatten(2)
+            # The places' gate.
+            passes = m * g
+            d_p = (channels.mT @ passes).to(fine).view_as(p) * p * (1 - p)
+            d_window = torch.nn.grad.conv2d_weight(places, window.shape, d_p, padding=3)
+            d_places = functional.conv_transpose2d(d_p, window, padding=3).flatten(2)
+            # The channel-gated map y: through the gate, as part of the means, as a maximum.
+            y = torch.mul(m, channels, out=passes)
+            is_strongest = torch.eq(y, strongest.flatten(1)[:, None], out=torch.empty_like(y))
+            ties = torch.ones_like(channels).mT @ is_strongest
+            mean, maximum = (d_places / places.new_tensor([[x.shape[1]], [1]])).to(kind).split(1, 1)
+            d_y = torch.mul(g, p.flatten(2).to(kind), out=y)
+            d_y.addcmul_(is_strongest, maximum / ties).add_(mean)
+            # The channels' gate, and what it owes to the pools.
+            d_c = torch.mul(m, d_y, out=is_strongest).sum(2).to(fine) * c * (1 - c)
+            d_hidden = (d_c @ up) * (hidden > 0)
+            d_up = d_c.T @ hidden.sum(0)
+            d_down = torch.einsum("kbh,kbc->hc", d_hidden, pools)
+            average, highest = (d_hidden @ down).to(kind)[..., None]
+            d_x = d_y.mul_(channels).add_(average / m.shape[2])
+            d_x.scatter_add_(2, top.flatten(2), highest)
+        return (
+            d_x.view_as(x),
+            d_down.view_as(squeeze).to(squeeze.dtype),
+            d_up.view_as(excite).to(excite.dtype),
+            d_window.to(spatial.dtype),
+        )

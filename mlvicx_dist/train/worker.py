@@ -21,6 +21,7 @@ def train_worker(plan: dict[str, Any]) -> int:
     import ray.train.torch
     import torch
 
+    from mlvicx_dist.train.allocator import keep_freed_memory
     from mlvicx_dist.train.guard import FromRay
     from mlvicx_dist.train.loop import Member, train
     from mlvicx_dist.train.memory import check_memory
@@ -30,6 +31,8 @@ def train_worker(plan: dict[str, Any]) -> int:
     run_dir = place(plan["run_dir"])
     check_shared(run_dir, plan["token"])
     torch.set_num_threads(config.workers.cpus_per_worker)
+    if not config.workers.use_gpu:
+        keep_freed_memory()
     context = ray.train.get_context()
     rank = context.get_world_rank()
     if plan["check_memory"]:

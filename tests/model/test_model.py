@@ -27,11 +27,8 @@ FAMILIES = [
 ]
 
 
-def test_the_gate_is_the_papers_formula():
-    torch.manual_seed(0)
-    gate = ContextBottleneck(6).double()
-    x = torch.randn(3, 6, 9, 7, dtype=torch.float64)
-    assert not any(module.bias is not None for module in (gate.squeeze, gate.excite, gate.spatial))
+def plain_gate(gate, x):
+    """The context bottleneck as DESIGN 4.1 says it."""
 
     def f(pool):
         return gate.excite(functional.relu(gate.squeeze(pool)))
@@ -39,9 +36,51 @@ def test_the_gate_is_the_papers_formula():
     average = functional.adaptive_avg_pool2d(x, 1)
     maximum = functional.adaptive_max_pool2d(x, 1)
     y = x * torch.sigmoid(f(average) + f(maximum))
-    pools = torch.stack([y.mean(1), y.max(1).values], 1)
-    expected = y * torch.sigmoid(gate.spatial(pools))
-    assert torch.allclose(gate(x), expected, atol=1e-14, rtol=0)
+    pools = torch.stack([y.mean(1), y.amax(1)], 1)
+    return y * torch.sigmoid(gate.spatial(pools))
+
+
+def gated(gate, x, probe, form):
+    """The map that comes out, and the gradient of its product with `probe` by all that went in."""
+    x = x.detach().requires_grad_()
+    out = form(x)
+    gradients = torch.autograd.grad((out * probe).sum(), [x, *gate.parameters()])
+    return [out.detach(), *gradients]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rectified", [False, True])
+def test_the_gate_is_the_papers_formula_in_value_and_gradient(layout, rectified):
+    """Also where all channels of a place are zero, so that they share its maximum."""
+    torch.manual_seed(0)
+    gate = ContextBottleneck(6).double()
+    x = torch.randn(3, 6, 9, 7, dtype=torch.float64)
+    if rectified:
+        x = x.relu()
+        x[:, :, 2:5, 3] = 0
+    x = x.contiguous(memory_format=layout)
+    probe = torch.randn_like(x)
+    assert not any(module.bias is not None for module in (gate.squeeze, gate.excite, gate.spatial))
+    found = gated(gate, x, probe, gate)
+    expected = gated(gate, x, probe, lambda x: plain_gate(gate, x))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-13, rtol=0)
+    assert all(found[k].is_contiguous(memory_format=layout) for k in (0, 1))
+    coarse = gated(gate.float(), x.float(), probe.float(), gate)
+    for one, other in zip(coarse, expected, strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-4, rtol=0)
+
+
+def test_a_gate_in_bf16_is_near_and_keeps_its_types():
+    torch.manual_seed(0)
+    gate = ContextBottleneck(16)
+    x, probe = torch.randn(2, 2, 16, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gated(gate, x.bfloat16(), probe.bfloat16(), gate)
+    expected = gated(gate, x, probe, gate)
+    assert [z.dtype for z in found] == [torch.bfloat16] * 2 + [torch.float32] * 3
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
 
 
 @pytest.mark.parametrize("sides", [(56, 56), (13, 7), (64, 64), (80, 3)])

@@ -105,7 +105,7 @@ def test_more_rows_need_more_and_recompute_and_bf16_need_less():
     needed = [needed_bytes(config(), rows) for rows in (1, 2, 6, 12, 24)]
     assert needed == sorted(needed)
     assert needed[-1] > 1.5 * needed[2]
-    assert needed_bytes(config(train__recompute=True), 24) < 0.6 * needed[-1]
+    assert needed_bytes(config(train__recompute=True), 24) < 0.65 * needed[-1]
     assert needed_bytes(config(train__precision="bf16"), 24) < 0.75 * needed[-1]
 
 

@@ -1,0 +1,27 @@
+"""How a process that trains on a CPU gets its memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+TOP_PAD_BYTES = 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Let the allocator of this process keep what is freed, for the next step.
+
+    glibc takes blocks of over 32 MB, which the large maps are, from the kernel and gives them back
+    each time: their pages are cleared and mapped anew in every operation, at one or two GB/s. Other
+    allocators are left alone.
+
+    Returns:
+        Whether it does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # One arena: another thread's cannot hold large blocks, and keeps nothing.
+    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD_BYTES), (M_ARENA_MAX, 1))
+    return all(mallopt(name, value) for name, value in wanted)
