@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 
 class ContextBottleneck(nn.Module):
@@ -75,7 +76,7 @@ class _Gates(torch.autograd.Function):
             # The places' gate.
             passes = m * g
             d_p = (channels.mT @ passes).to(fine).view_as(p) * p * (1 - p)
-            d_window = torch.nn.grad.conv2d_weight(places, window.shape, d_p, padding=3)
+            d_window = conv2d_weight(places, window.shape, d_p, padding=3)
             d_places = functional.conv_transpose2d(d_p, window, padding=3).flatten(2)
             # The channel-gated map y: through the gate, as part of the means, as a maximum.
             y = torch.mul(m, channels, out=passes)
