@@ -6,12 +6,14 @@ A ratio above 1 always means that ours is better; exit 1 where one is below its 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from mlvicx_dist.train.versions import library_versions, machine
 
@@ -41,14 +43,20 @@ class Row:
         return self.ours / self.theirs if rate else self.theirs / self.ours
 
 
+def by_turns(calls: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
+    """Medians of several measurements by turns, A B C A B C, after one of each as a warm-up."""
+    for call in calls.values():
+        call()
+    found = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in found) for name in calls}
+
+
 def interleaved(
     first: Callable[[], float], second: Callable[[], float], *, rounds: int
 ) -> tuple[float, float]:
-    """Medians of two measurements by turns, A B A B, after one of each that does not count."""
-    first()
-    second()
-    pairs = [(first(), second()) for _ in range(rounds)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    """The medians of two measurements by turns, A B A B."""
+    medians = by_turns({"first": first, "second": second}, rounds=rounds)
+    return medians["first"], medians["second"]
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -56,6 +64,23 @@ def seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def peak_mb(call: Callable[[], object]) -> float:
+    """The most resident memory that a call takes above what stood before it, in MB (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mb("VmRSS")
+    call()
+    return max(_status_mb("VmHWM") - before, 1e-3)
+
+
+def _status_mb(name: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) / 1e3
+    raise KeyError(name)
 
 
 def main(description: str, measure: Callable[[], Sequence[Row]]) -> int:

@@ -1,0 +1,166 @@
+"""Forward and backward of both views at 224 px: ours, the published form, lightly's VICReg.
+
+python benchmarks/step.py [--json]
+
+ResNet-18 at batch 16 and 32 and ResNet-50 at 16, on two threads, in float32, and in bf16 where the
+CPU has it. `published` is configs/pretrain/published.yaml written out plainly (published.py); ours
+has the same weights, the same loss and the same gradients (tests/model/test_published.py).
+lightly's VICReg has one projector of the same size on the same backbone without levels. All by
+turns; medians. Peak memory is what a step takes above the model, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from lightly.loss import VICRegLoss
+from published import Published, projector, published_loss
+from table import Row, by_turns, main, peak_mb, seconds
+from torch import nn
+
+from mlvicx_dist.config import PretrainConfig, load_as
+from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
+from mlvicx_dist.train.allocator import keep_freed_memory
+from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.versions import bf16_in_software
+
+SIZE, ROUNDS, THREADS = 224, 3, 2
+PUBLISHED = Path(__file__).parents[1] / "configs" / "pretrain" / "published.yaml"
+SETTINGS = load_as(PretrainConfig, PUBLISHED, ["model.init=random"])
+
+
+def our_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
+    """The published preset, as a worker trains it."""
+    settings = SETTINGS.model.model_copy(update={"backbone": backbone})
+    model = build_model(settings, 0)
+    views = TwoViews(model)
+    first, second = images(batch)
+
+    def step() -> None:
+        with autocast(precision):
+            embeddings1, embeddings2, _ = views(first, second)
+        terms, _ = global_terms(embeddings1, embeddings2)
+        weighted_loss(terms, SETTINGS.loss).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def published_step(
+    backbone: str, batch: int, precision: str, layout: torch.memory_format
+) -> Callable[[], None]:
+    """The same mathematics, plainly."""
+    model = Published(backbone, SETTINGS.model.projector.width).to(memory_format=layout)
+    first, second = (view.contiguous(memory_format=layout) for view in images(batch))
+
+    def step() -> None:
+        with autocast(precision):
+            loss = published_loss(model, first, second)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def vicreg_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
+    """Lightly's loss on one projector."""
+    net = timm.create_model(backbone, num_classes=0, in_chans=3)
+    model = nn.Sequential(net, projector(net.num_features, SETTINGS.model.projector.width))
+    loss = VICRegLoss()
+    first, second = images(batch)
+
+    def step() -> None:
+        with autocast(precision):
+            a, b = model(first), model(second)
+        loss(a.float(), b.float()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bare_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
+    """The backbone alone, on two views."""
+    net = timm.create_model(backbone, num_classes=0, in_chans=3)
+    first, second = images(batch)
+
+    def step() -> None:
+        with autocast(precision):
+            total = net(first).sum() + net(second).sum()
+        total.backward()
+        net.zero_grad(set_to_none=True)
+
+    return step
+
+
+def images(batch: int) -> torch.Tensor:
+    """Two views."""
+    return torch.randn(2, batch, 3, SIZE, SIZE)
+
+
+def autocast(precision: str) -> torch.autocast:
+    """The precision of a forward."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+CONTENDERS = {
+    "ours": our_step,
+    "published": partial(published_step, layout=torch.contiguous_format),
+    "published, channels_last": partial(published_step, layout=torch.channels_last),
+    "lightly VICReg": vicreg_step,
+    "bare backbone": bare_step,
+}
+LIMITS = {
+    ("resnet18", 16, "float32", "published"): 3.5,
+    ("resnet18", 32, "float32", "published"): 4.0,
+    ("resnet18", 16, "float32", "lightly VICReg"): 1 / 1.2,
+    ("resnet18", 32, "float32", "lightly VICReg"): 1 / 1.2,
+    ("resnet18", 32, "bf16", "lightly VICReg"): 1 / 1.2,
+}
+
+
+def peak(name: str, backbone: str, batch: int) -> float:
+    """What a step of a contender takes, in MB, in this process."""
+    torch.set_num_threads(THREADS)
+    return peak_mb(CONTENDERS[name](backbone, batch, "float32"))
+
+
+def measure() -> list[Row]:
+    """Time, then memory."""
+    torch.set_num_threads(THREADS)
+    keep_freed_memory()
+    rows = []
+    for backbone, batch in (("resnet18", 16), ("resnet18", 32), ("resnet50", 16)):
+        whole = {}
+        for precision in ("float32",) if bf16_in_software() else ("float32", "bf16"):
+            steps = {name: make(backbone, batch, precision) for name, make in CONTENDERS.items()}
+            times = by_turns({n: partial(seconds, s) for n, s in steps.items()}, rounds=ROUNDS)
+            whole[precision] = times
+            for other in list(CONTENDERS)[1:]:
+                name = f"{backbone}, batch {batch}, {precision}, against {other}"
+                limit = LIMITS.get((backbone, batch, precision, other))
+                rows.append(Row(name, times["ours"], times[other], "s", limit))
+        if "bf16" in whole:
+            times = whole["bf16"]["ours"], whole["float32"]["published"]
+            name = f"{backbone}, batch {batch}, bf16, against published in float32"
+            limit = 6.0 if (backbone, batch) == ("resnet18", 32) else None
+            rows.append(Row(name, *times, "s", limit))
+    # A process of its own, whose memory nobody has used before.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for other in ("published", "lightly VICReg"):
+            ours, theirs = (pool.apply(peak, (name, "resnet18", 32)) for name in ("ours", other))
+            limit = 1 / 0.6 if other == "published" else None
+            rows.append(
+                Row(f"resnet18, batch 32, peak memory against {other}", ours, theirs, "MB", limit)
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(str(__doc__).splitlines()[0], measure))
