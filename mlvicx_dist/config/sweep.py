@@ -67,7 +67,7 @@ class Asha(Settings):
     """Asynchronous successive halving: at each rung the best 1 / `reduction` go on."""
 
     grace_steps: Count | None = None
-    """Steps before the first rung; None: a ninth of the run, and not before the warm-up's end."""
+    """Steps before the first rung; None: a ninth of the run, at least twice the warm-up."""
     reduction: Annotated[float, Field(gt=1, le=16)] = 3.0
 
 

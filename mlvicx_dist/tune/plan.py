@@ -85,8 +85,8 @@ def make_plan(config: SweepConfig) -> Plan:
 
 
 def grace(total: int, warmup_steps: float, every: int, wanted: int | None) -> int:
-    """The step of the first rung: where a look is, and not before the warm-up's end."""
-    least = wanted if wanted is not None else max(total // 9, math.ceil(warmup_steps))
+    """The step of the first rung: where a look is, and as long after the warm-up as in it."""
+    least = wanted if wanted is not None else max(total // 9, math.ceil(2 * warmup_steps))
     return min(max(math.ceil(least / every), 1) * every, total)
 
 

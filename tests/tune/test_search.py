@@ -223,7 +223,7 @@ def test_a_damaged_record_is_named(tmp_path):
     ("total", "warmup", "every", "wanted", "expected"),
     [
         (900, 50, 20, None, 100),
-        (900, 250, 20, None, 260),
+        (900, 125, 20, None, 260),
         (900, 0, 20, 30, 40),
         (50, 0, 20, 99, 50),
     ],
