@@ -49,12 +49,13 @@ def settings(shards, runs, **changes):
     return tree
 
 
-def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at, judge):
+def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at, judge, kind):
     """One worker; rank `kill_at[0]` is killed when its step `kill_at[1]` is done.
 
-    From the row of step `taken_at` on, the run belongs to another driver.
+    From the row of step `taken_at` on, the run belongs to another driver. `kind`: of all numbers.
     """
     torch.set_num_threads(1)
+    torch.set_default_dtype(kind)
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
@@ -86,11 +87,25 @@ def member(rank, world_size, port, tree, run_dir, notices, kill_at, taken_at, ju
         dist.destroy_process_group()
 
 
-def run_group(tree, run_dir, world_size, *, notices=None, kill_at=None, taken_at=10**9, judge=None):
-    """Run a group to its end; whether a worker died on the way."""
+def run_group(
+    tree,
+    run_dir,
+    world_size,
+    *,
+    notices=None,
+    kill_at=None,
+    taken_at=10**9,
+    judge=None,
+    kind=torch.float32,
+):
+    """Run a group to its end; whether a worker died on the way.
+
+    Where sizes are compared, in float64: a rounding of float32 that takes another side of a ReLU or
+    another maximum is seen within a few steps.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     notices = notices or NoNotices()
-    arguments = (world_size, free_port(), tree, run_dir, notices, kill_at, taken_at, judge)
+    arguments = (world_size, free_port(), tree, run_dir, notices, kill_at, taken_at, judge, kind)
     try:
         run_processes(member, arguments, world_size)
     except ProcessException:
