@@ -3,8 +3,8 @@
 python benchmarks/workers.py [--json]
 
 The default model and objective, a global batch of 64, phantom radiographs, one loader process a
-worker; each figure is the median of a few steps after one that does not count, by turns. Without
-Ray: it starts the workers and is not part of a step.
+worker; each figure is the median of a few steps after three that do not count, in which a worker's
+memory still grows, by turns. Without Ray: it starts the workers and is not part of a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mlvicx_dist.train.loop import Member, train
 from mlvicx_dist.train.notices import NoNotices
 from mlvicx_dist.train.versions import bf16_in_software
 
-BATCH, STEPS, ROUNDS = 64, 3, 2
+BATCH, WARM_UP, STEPS, ROUNDS = 64, 3, 3, 2
 DEFAULT = Path(__file__).parents[1] / "configs" / "pretrain" / "default.yaml"
 
 
@@ -73,9 +73,10 @@ def worker(rank: int, world_size: int, port: int, folder: Path, precision: str) 
 
     def report(row: dict[str, Any]) -> None:
         times.append(time.perf_counter())
-        if len(times) == STEPS + 2 and rank == 0:
-            (folder / "times").write_text(json.dumps([b - a for a, b in pairwise(times[1:])]))
-        if len(times) == STEPS + 2:
+        ended = len(times) == WARM_UP + STEPS + 1
+        if ended and rank == 0:
+            (folder / "times").write_text(json.dumps([b - a for a, b in pairwise(times[WARM_UP:])]))
+        if ended:
             os._exit(0)
 
     member = Member(rank, world_size, torch.device("cpu"))
@@ -95,7 +96,7 @@ def measure() -> list[Row]:
     """The two groups by turns."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        count = BATCH * (STEPS + 2)
+        count = BATCH * (WARM_UP + STEPS + 1)
         table = write_phantoms(folder / "images", count, size_px=256)
         columns = Columns()
         listing = list_csv(

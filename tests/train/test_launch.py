@@ -74,11 +74,18 @@ def ray_processes(session_of):
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_and_ends(config, run_dir, tmp_path, capsys):
+    """And none of its processes outlives it for long."""
+    mark = f"MLVICX_TEST={tmp_path}"
+    # Ray writes its processes' titles over their environment unless it is told not to.
+    environment = {**os.environ, "MLVICX_TEST": str(tmp_path), "SPT_NOENV": "1"}
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(command(config, "train.epochs=400"), stderr=log, stdout=log)
+        driver = subprocess.Popen(
+            command(config, "train.epochs=400"), stderr=log, stdout=log, env=environment
+        )
         deadline = time.monotonic() + 120
         while newest_checkpoint(run_dir) is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert len(ray_processes(mark)) > 4
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     reached = read_checkpoint(newest_checkpoint(run_dir))["step"]
@@ -104,23 +111,6 @@ def test_a_driver_that_is_killed_goes_on_and_ends(config, run_dir, tmp_path, cap
     assert torch.equal(encoder(images), exported(images))
     assert main(again[3:]) == 0
     assert json.loads(capsys.readouterr().out)["already_finished"]
-
-
-@pytest.mark.slow
-def test_no_process_outlives_a_driver_that_is_killed(config, run_dir, tmp_path):
-    mark = f"MLVICX_TEST={tmp_path}"
-    # Ray writes its processes' titles over their environment unless it is told not to.
-    environment = {**os.environ, "MLVICX_TEST": str(tmp_path), "SPT_NOENV": "1"}
-    with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            command(config, "train.epochs=400"), stderr=log, stdout=log, env=environment
-        )
-        deadline = time.monotonic() + 120
-        while newest_checkpoint(run_dir) is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(ray_processes(mark)) > 4
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
     # Ray's agents look for their raylet in turns of some seconds, so they end last.
     deadline = time.monotonic() + 180
     while ray_processes(mark) and time.monotonic() < deadline:
