@@ -26,7 +26,8 @@ def test_the_demo_shows_that_pretraining_helps(tmp_path):
     assert Path(result["report"]).stat().st_size > 1e6
     again = run(*MLVICX, "demo", "--out", str(tmp_path / "demo"), "--json")
     assert again.returncode == 0
-    assert json.loads(again.stdout)["seconds"] < 60
+    # Nothing is trained again.
+    assert json.loads(again.stdout)["seconds"] < result["seconds"] / 4
 
 
 @pytest.mark.slow
