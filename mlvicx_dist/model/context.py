@@ -37,8 +37,8 @@ class _Gates(torch.autograd.Function):
     """Both gates, in few passes over the map, which are what they cost.
 
     Only the map itself is kept for backward. What is small is computed in float32 at least. In the
-    names `c` is the channels' gate, [B, C], and `p` the places', [B, 1, H, W]; backward has its maps
-    as [B, C, H * W].
+    names `c` is the channels' gate, [B, C], and `p` the places', [B, 1, H, W]; backward has maps as
+    [B, C, H * W].
     """
 
     @staticmethod
