@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Processes, networks and mounts that end with the tests: `ray stop` reaches nobody else's Ray.
 APART := unshare --net --pid --fork --mount --mount-proc --kill-child
 
-.PHONY: help demo test test-all chaos cluster-test check format lock clean
+.PHONY: help demo test test-all chaos cluster-test bench check format lock clean
 
 help:
 	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  the slow tests"
 	@echo "make chaos     attacks on runs, the short ones and the long ones"
 	@echo "make cluster-test  ray up, jobs and ray down between machines of their own (root, sshd, rsync)"
+	@echo "make bench     all benchmarks, into benchmarks/RESULTS.md"
 	@echo "make check     style and types only"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make lock      pin the newest versions in constraints.txt"
@@ -42,6 +43,9 @@ chaos: $(READY)
 
 cluster-test: $(READY)
 	MLVICX_OWN_NETWORK=1 $(APART) $(BIN)/python -m pytest -m cluster
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -22,9 +22,9 @@ from mlvicx_dist.config import PretrainConfig, load_as
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.augment import PARAMETERS
 from mlvicx_dist.stream.loader import Batch
-from mlvicx_dist.train.loop import Member, TwoViews, train_step
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.saver import Saver
+from mlvicx_dist.train.step import Member, TwoViews, train_step
 
 BATCH, SIZE, ROUNDS = 16, 64, 4
 DEFAULT = Path(__file__).parents[1] / "configs" / "pretrain" / "default.yaml"

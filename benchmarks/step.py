@@ -28,7 +28,7 @@ from mlvicx_dist.config import PretrainConfig, load_as
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
 from mlvicx_dist.train.allocator import keep_freed_memory
-from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.step import TwoViews
 from mlvicx_dist.train.versions import bf16_in_software
 
 SIZE, ROUNDS, THREADS = 224, 3, 2

@@ -43,10 +43,13 @@ class Row:
         return self.ours / self.theirs if rate else self.theirs / self.ours
 
 
-def by_turns(calls: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
+def by_turns(
+    calls: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: bool = True
+) -> dict[str, float]:
     """Medians of several measurements by turns, A B C A B C, after one of each as a warm-up."""
-    for call in calls.values():
-        call()
+    if warm_up:
+        for call in calls.values():
+            call()
     found = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
     return {name: statistics.median(turn[name] for turn in found) for name in calls}
 

@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(add, nargs="?")
 
     add = command(
+        "profile", _profile, "where the time of a training step goes: a table and a trace"
+    )
+    _add_config(add)
+    add.add_argument("--steps", type=_count, default=10, help="steps that count (%(default)s)")
+    add.add_argument("--out", default="trace.json.gz", help="the trace to write (%(default)s)")
+
+    add = command(
         "inspect", _inspect, "draw a contact sheet: images, masks, boxes and the two views"
     )
     add.add_argument("shards", nargs="+", help="shard folders")
@@ -268,6 +275,15 @@ def _doctor(options: argparse.Namespace) -> Answer:
     config = load_as(PretrainConfig, options.config, options.overrides) if options.config else None
     diagnosis = examine(config)
     return Answer(diagnosis.document(), diagnosis.lines(), 0 if diagnosis.well else 1)
+
+
+def _profile(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import PretrainConfig, load_as
+    from mlvicx_dist.profile import profile_run
+
+    config = load_as(PretrainConfig, options.config, options.overrides)
+    found = profile_run(config, steps=options.steps, out=options.out)
+    return Answer(found.document(), found.lines())
 
 
 def _inspect(options: argparse.Namespace) -> Answer:

@@ -11,8 +11,9 @@ from torch.multiprocessing.spawn import ProcessException
 
 from mlvicx_dist.config import parse_config
 from mlvicx_dist.errors import ResourceError
-from mlvicx_dist.train.loop import Member, train
+from mlvicx_dist.train.loop import train
 from mlvicx_dist.train.notices import NoNotices, Notice
+from mlvicx_dist.train.step import Member
 
 
 class At(NoNotices):

@@ -176,7 +176,7 @@ class _Ward:
         from mlvicx_dist.stream.cache import RemoteShard
         from mlvicx_dist.train.drive import each
         from mlvicx_dist.train.launch import check_model, check_workers
-        from mlvicx_dist.train.loop import open_shards
+        from mlvicx_dist.train.source import open_shards
 
         room, workers = slots(each(config.workers)), config.workers.num
         if room < workers:

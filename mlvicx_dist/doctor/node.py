@@ -183,17 +183,13 @@ def _nccl() -> str:
 
 def _loader_rate(config: PretrainConfig) -> float:
     """Images/s of one worker's loader: what one process loads, times its processes."""
-    from mlvicx_dist.stream.loader import Steps
-    from mlvicx_dist.train.loop import open_shards
+    import torch
 
-    steps = Steps(
-        open_shards(config),
-        config.views,
-        batch=config.train.batch_size,
-        seed=config.train.seed,
-        rank=0,
-        world_size=config.workers.num,
-    )
+    from mlvicx_dist.train.source import open_shards, steps_of
+    from mlvicx_dist.train.step import Member
+
+    one = Member(0, config.workers.num, torch.device("cpu"))
+    steps = steps_of(config, open_shards(config), one)
     step, count, began = 0, 0, time.perf_counter()
     while not count or time.perf_counter() - began < LOADING_S:
         batch = steps[step % steps.steps_per_epoch]
@@ -210,8 +206,8 @@ def _step_rate(config: PretrainConfig) -> float:
     from mlvicx_dist.model.mlvicx import build_model
     from mlvicx_dist.stream.augment import PARAMETERS
     from mlvicx_dist.stream.loader import Batch
-    from mlvicx_dist.train.loop import Member, TwoViews, train_step
     from mlvicx_dist.train.optim import make_optimizer
+    from mlvicx_dist.train.step import Member, TwoViews, train_step
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = math.ceil(config.train.batch_size / config.workers.num)

@@ -43,7 +43,7 @@ LOOK_S = 2.0
 
 Row = dict[str, Any]
 MakeJudge = Callable[[PretrainConfig, Any], Any]
-"""From the settings and the `loop.Member` to a `loop.Judge`; a function of a module, or partial."""
+"""From the settings and the `step.Member` to a `loop.Judge`; a function of a module, or partial."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def drive(
         UserError: what a worker raised, or that workers died again and again.
     """
     elsewhere = on_cluster()
-    with _cluster(config), scratch("run") as folder:
+    with cluster(config), scratch("run") as folder:
         from mlvicx_dist.train.guard import guard
         from mlvicx_dist.train.notices import Notice
         from mlvicx_dist.train.watch import watching
@@ -95,7 +95,7 @@ def drive(
             "check_memory": elsewhere,
             "judge": judge,
         }
-        fit = _Fit(_trainer(config, plan, channel, folder))
+        fit = _Fit(trainer(train_worker, plan, config, channel, folder))
         try:
             with progress("training", total, "steps") as bar, signals() as asked:
                 shown = _Shown(bar, heard)
@@ -170,7 +170,22 @@ def where_logs_are() -> str:
     return f"the workers' logs are in {node.get_session_dir_path()}/logs" if node else "see the log"
 
 
-def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, folder: str) -> Any:
+def trainer(
+    function: Callable[[dict[str, Any]], Any],
+    plan: dict[str, Any],
+    config: PretrainConfig,
+    channel: Path,
+    folder: str,
+) -> Any:
+    """Ray's trainer of a group as the settings want it.
+
+    Args:
+        function: What each worker runs.
+        plan: Its argument.
+        config: The settings.
+        channel: Where rank 0's rows go, see `watching`.
+        folder: For what Ray stores of its own.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -178,7 +193,7 @@ def _trainer(config: PretrainConfig, plan: dict[str, Any], channel: Path, folder
 
     workers = config.workers
     return TorchTrainer(
-        train_worker,
+        function,
         train_loop_config=plan,
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.num) if workers.min else workers.num,
@@ -341,7 +356,7 @@ def placed(nodes: Sequence[str]) -> str:
 
 
 @contextmanager
-def _cluster(config: PretrainConfig) -> Iterator[None]:
+def cluster(config: PretrainConfig) -> Iterator[None]:
     """Ray with room for the least number of workers."""
     workers = config.workers
     # An elastic group asks only for what is there. Ray may still count a node that is just gone:

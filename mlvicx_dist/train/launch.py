@@ -73,8 +73,8 @@ def pretrain(
     Raises:
         UserError: something that the user can mend, said in one sentence.
     """
-    from mlvicx_dist.train.loop import open_shards
     from mlvicx_dist.train.memory import check_memory
+    from mlvicx_dist.train.source import open_shards
 
     config = absolute(config)
     run_dir = place(config.run.storage_path) / config.run.name

@@ -1,4 +1,4 @@
-"""The training loop of one worker, top to bottom: views, embeddings, loss, step, log, checkpoint.
+"""The training loop of one worker, top to bottom: resume, batch, step, log, look, checkpoint.
 
 It knows its rank and its device, not Ray: `worker` tells it both. All state is the model, the
 optimizer and the step; the data and the schedule are functions of the step (DESIGN 3.1, 5).
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,29 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mlvicx_dist.config import Loss, PretrainConfig, VicWeights
+from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import CheckpointError
-from mlvicx_dist.model.encoder import load_strictly, normalise
-from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.objective.global_batch import (
-    convert_batch_norm,
-    ddp_scale,
-    global_terms,
-    weighted_loss,
-)
-from mlvicx_dist.objective.terms import Terms
+from mlvicx_dist.model.encoder import load_strictly
+from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
-from mlvicx_dist.stream.augment import photometrics
-from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.stream.loader import Batch, Steps, batches
-from mlvicx_dist.stream.order import rank_shares
-from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.agreement import Agreement
 from mlvicx_dist.train.checkpoint import (
-    load_encoder,
     local_copy,
     newest_checkpoint,
     read_checkpoint,
@@ -50,6 +34,8 @@ from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
+from mlvicx_dist.train.source import open_shards, steps_of, stream_of
+from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step, wrap
 from mlvicx_dist.train.versions import bf16_in_software
 
 Row = dict[str, Any]
@@ -65,49 +51,6 @@ class Judge(Protocol):
     def __call__(self, model: MLVICX) -> Row:
         """What it finds, for the log row of the step; the model is left as it was."""
         ...
-
-
-@dataclass(frozen=True)
-class Member:
-    """One worker of a group: its rank, the size of the group and its device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-
-def open_shards(config: PretrainConfig) -> ShardSet:
-    """The shards that a run trains on.
-
-    Raises:
-        DataError: a folder holds no whole set of shards, or none of the splits.
-    """
-    return ShardSet.open(
-        [folder.path for folder in config.data.shards],
-        splits=config.data.splits,
-        weights=[folder.weight for folder in config.data.shards],
-        cache=cache_of(config.data),
-    )
-
-
-class TwoViews(nn.Module):
-    """Both views through one model in one call, as DDP wants it.
-
-    Two forwards, view 1 first: batch statistics are per view and running ones move twice a step
-    (DESIGN 4.1).
-    """
-
-    def __init__(self, model: MLVICX) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, first: torch.Tensor, second: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-        """The embeddings of both views and view 1's representation without gradient, [b, F]."""
-        maps = self.model.encoder(first)
-        representation = self.model.representation(maps).detach()
-        return self.model.project(maps), self.model(second), representation
 
 
 def train(
@@ -142,22 +85,15 @@ def train(
     said: list[str] = []
     _check_precision(config, member, said.append)
     shards = open_shards(config)
-    steps = Steps(
-        shards,
-        config.views,
-        batch=config.train.batch_size,
-        seed=config.train.seed,
-        rank=member.rank,
-        world_size=member.world_size,
-    )
+    steps = steps_of(config, shards, member)
     total = steps.steps_per_epoch * config.train.epochs
     agreement = Agreement(
         member.rank, member.world_size, timeout_s=config.workers.collective_timeout_s
     )
-    model = _model(config, member)
+    model = make_model(config, member)
     optimizer = make_optimizer(model, config.train)
     start = done = _resume(run_dir, model, optimizer, config, member, said.append)
-    wrapped = _wrap(TwoViews(model), config, member)
+    wrapped = wrap(TwoViews(model), config, member)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock()
     begin = {"step": start, "steps": total, "world_size": member.world_size}
@@ -179,14 +115,7 @@ def train(
                     before=partial(_publish, fence, run_log),
                 )
             )
-        stream = batches(
-            steps,
-            start=start,
-            stop=total,
-            workers=config.data.loader_workers,
-            pin_memory=member.device.type == "cuda",
-        )
-        for batch in clock.waiting(stream):
+        for batch in clock.waiting(stream_of(config, steps, member, start=start, stop=total)):
             rate = learning_rate(
                 batch.step, settings=config.train, steps_per_epoch=steps.steps_per_epoch
             )
@@ -233,57 +162,6 @@ def train(
     return done
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    rate: float,
-    config: PretrainConfig,
-    member: Member,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One optimizer step; answers with its terms, scalars by name, and view 1's representation."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    images = batch.images.to(member.device, non_blocking=True)
-    table = batch.table.to(member.device, non_blocking=True)
-    first, second = (
-        normalise(
-            photometrics(images[view] / 255, table[view], kernel_px=config.views.blur_kernel_px),
-            config.model.channels,
-        )
-        for view in (0, 1)
-    )
-    with torch.autocast(
-        member.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
-    ):
-        embeddings1, embeddings2, representation = model(first, second)
-    shares = rank_shares(config.train.batch_size, member.world_size)
-    terms, spreads = global_terms(embeddings1, embeddings2, shares=shares)
-    loss = weighted_loss(terms, config.loss)
-    optimizer.zero_grad(set_to_none=True)
-    (loss * ddp_scale()).backward()
-    optimizer.step()
-    return named_terms(loss, terms, spreads, config.loss), representation
-
-
-def named_terms(
-    loss: torch.Tensor,
-    terms: Mapping[str, Terms],
-    spreads: Mapping[str, torch.Tensor],
-    settings: Loss,
-) -> dict[str, torch.Tensor]:
-    """The loss, and by level each term unweighted and weighted and the embedding's std."""
-    named = {"loss": loss}
-    for head, values in terms.items():
-        weights = settings.global_ if head == "global" else settings.local
-        for term in VicWeights.model_fields:
-            value = getattr(values, term)
-            named[f"{head}/{term}"] = value
-            named[f"{head}/{term}_weighted"] = getattr(weights, term) * value
-        named[f"{head}/std"] = spreads[head]
-    return named
-
-
 def _seed_everything(config: PretrainConfig) -> None:
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % 2**32)
@@ -291,39 +169,6 @@ def _seed_everything(config: PretrainConfig) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
     if not config.train.deterministic:
         torch.backends.cudnn.benchmark = True
-
-
-def _model(config: PretrainConfig, member: Member) -> MLVICX:
-    """The model of the settings on its device, with the weights that it is to start from."""
-    model = build_model(config.model, config.train.seed)
-    if config.train.init_from:
-        source = load_encoder(config.train.init_from)
-        if source.settings.backbone != config.model.backbone:
-            raise CheckpointError(
-                f"{config.train.init_from}: its backbone is {source.settings.backbone}, but "
-                f"model.backbone is {config.model.backbone}; make the two agree."
-            )
-        load_strictly(model.encoder, source.backbone.state_dict(), where=config.train.init_from)
-    if config.train.recompute:
-        model.encoder.recompute()
-    if member.world_size > 1:
-        convert_batch_norm(model, member.device)
-    return model.to(member.device)
-
-
-def _wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
-    if member.world_size == 1:
-        return model
-    # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
-    # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
-    # unused parameters, so a run that must be bitwise repeatable has it look.
-    return DistributedDataParallel(
-        model,
-        device_ids=[member.device] if member.device.type == "cuda" else None,
-        forward_sync_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=config.train.deterministic,
-    )
 
 
 def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ from mlvicx_dist.errors import ConfigError, ResourceError
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.session import memory_bytes
-from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.step import TwoViews
 
 PROCESS_BYTES = 600_000_000
 """What a worker's process takes with its libraries, before it trains."""

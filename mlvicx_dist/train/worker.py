@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.config import PretrainConfig, parse_config
 from mlvicx_dist.storage import place
 from mlvicx_dist.train.owner import check_owner, check_shared
+
+if TYPE_CHECKING:
+    from mlvicx_dist.train.step import Member
 
 
 def train_worker(plan: dict[str, Any]) -> int:
@@ -18,34 +21,50 @@ def train_worker(plan: dict[str, Any]) -> int:
             wrote them.
     """
     import ray.train
-    import ray.train.torch
-    import torch
 
-    from mlvicx_dist.train.allocator import keep_freed_memory
     from mlvicx_dist.train.guard import FromRay
-    from mlvicx_dist.train.loop import Member, train
-    from mlvicx_dist.train.memory import check_memory
+    from mlvicx_dist.train.loop import train
 
-    config = parse_config(plan["settings"], "the run's settings")
-    assert isinstance(config, PretrainConfig)
+    config = settings_of(plan)
     run_dir = place(plan["run_dir"])
     check_shared(run_dir, plan["token"])
-    torch.set_num_threads(config.workers.cpus_per_worker)
-    if not config.workers.use_gpu:
-        keep_freed_memory()
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    if plan["check_memory"]:
-        size, here = context.get_world_size(), context.get_local_world_size()
-        check_memory(config, size, node_workers=here, where="a node")
-    member = Member(rank, context.get_world_size(), ray.train.torch.get_device())
-    notices = FromRay(plan["guard"], rank=rank)
+    member = join(config, check_room=plan["check_memory"])
     return train(
         config,
         run_dir,
         member,
         report=ray.train.report,
-        notices=notices,
+        notices=FromRay(plan["guard"], rank=member.rank),
         fence=partial(check_owner, run_dir, plan["token"]),
         judge=plan["judge"](config, member) if plan["judge"] else None,
     )
+
+
+def settings_of(plan: dict[str, Any]) -> PretrainConfig:
+    """The settings that the driver wrote into the plan as a tree."""
+    config = parse_config(plan["settings"], "the run's settings")
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def join(config: PretrainConfig, *, check_room: bool) -> Member:
+    """This worker's place in its group, its threads and memory set as the settings say.
+
+    Raises:
+        ResourceError: `check_room`, and this node has less memory than the worker needs.
+    """
+    import ray.train.torch
+    import torch
+
+    from mlvicx_dist.train.allocator import keep_freed_memory
+    from mlvicx_dist.train.memory import check_memory
+    from mlvicx_dist.train.step import Member
+
+    torch.set_num_threads(config.workers.cpus_per_worker)
+    if not config.workers.use_gpu:
+        keep_freed_memory()
+    context = ray.train.get_context()
+    size, here = context.get_world_size(), context.get_local_world_size()
+    if check_room:
+        check_memory(config, size, node_workers=here, where="a node")
+    return Member(context.get_world_rank(), size, ray.train.torch.get_device())

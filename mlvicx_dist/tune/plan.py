@@ -15,7 +15,7 @@ from mlvicx_dist.storage import Place, place
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.fingerprint import fingerprint
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
-from mlvicx_dist.train.loop import open_shards
+from mlvicx_dist.train.source import open_shards
 from mlvicx_dist.tune.records import Records
 from mlvicx_dist.tune.space import FUSION, LEVELS, Space, new_study, open_space
 from mlvicx_dist.tune.target import chosen_parts, common_labels, judged_shards

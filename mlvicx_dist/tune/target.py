@@ -27,8 +27,8 @@ from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.loop import Member
 from mlvicx_dist.train.metrics import effective_rank
+from mlvicx_dist.train.step import Member
 
 
 class Judge:

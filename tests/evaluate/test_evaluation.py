@@ -73,8 +73,9 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     import yaml
 
     from mlvicx_dist.config import PretrainConfig, to_tree
-    from mlvicx_dist.train.loop import Member, train
+    from mlvicx_dist.train.loop import train
     from mlvicx_dist.train.notices import NoNotices
+    from mlvicx_dist.train.step import Member
 
     tree = {
         "kind": "pretrain",

@@ -9,7 +9,7 @@ import torch
 from mlvicx_dist.config import LocalHead, Loss, Model, Projector
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
-from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.step import TwoViews
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 WIDTH = 32

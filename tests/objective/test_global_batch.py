@@ -20,7 +20,7 @@ from mlvicx_dist.objective.global_batch import (
     weighted_loss,
 )
 from mlvicx_dist.objective.terms import vic_terms
-from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.step import TwoViews
 
 BATCH, STEPS = 7, 10
 SHARES = {1: [7], 2: [5, 2], 3: [3, 1, 3]}

@@ -5,8 +5,9 @@ import torch
 from group import settings
 
 from mlvicx_dist.config import parse_config
-from mlvicx_dist.train.loop import Member, train
+from mlvicx_dist.train.loop import train
 from mlvicx_dist.train.notices import NoNotices
+from mlvicx_dist.train.step import Member
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from pathlib import Path
 from mlvicx_dist.config import parse_config
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
-from mlvicx_dist.train.loop import TwoViews
+from mlvicx_dist.train.step import TwoViews
 from mlvicx_dist.train.optim import make_optimizer
 
 def status(name):

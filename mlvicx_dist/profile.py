@@ -1,0 +1,244 @@
+"""`mlvicx profile`: where the time of a training step goes, and a trace of a few steps.
+
+The run's own workers train on its own data, and rank 0 is looked at. The table is of steps that
+nothing else watches; the trace, which takes time itself, is of some more.
+"""
+
+from __future__ import annotations
+
+import gzip
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mlvicx_dist.config import PretrainConfig, to_tree
+from mlvicx_dist.errors import ConfigError, TrainingError
+from mlvicx_dist.progress import progress
+from mlvicx_dist.session import on_cluster, scratch
+from mlvicx_dist.storage import write_whole
+from mlvicx_dist.stream.loader import Batch
+from mlvicx_dist.train.drive import cluster, trainer
+from mlvicx_dist.train.launch import absolute, check_model, check_workers
+from mlvicx_dist.train.optim import make_optimizer
+from mlvicx_dist.train.source import open_shards, steps_of, stream_of
+from mlvicx_dist.train.step import TwoViews, make_model, train_step, wrap
+from mlvicx_dist.train.watch import user_error, watching
+from mlvicx_dist.train.worker import join, settings_of
+
+WARM_UP = 3
+"""Steps that do not count: memory still grows, kernels are chosen, loader processes start."""
+TRACED = 3
+"""Steps in the trace, at most."""
+RATE = 1e-6
+COLLECTIVES = ("gloo:", "nccl:")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a step of rank 0 goes.
+
+    Attributes:
+        world_size: Workers of the group.
+        batch: Images of the global batch.
+        step_s: The median step, in seconds.
+        parts: Median seconds of each part of a step, in their order.
+        collectives: How many calls a step makes to other workers.
+        collectives_s: Seconds of them in a step, most of them beside other work.
+        trace: The file of the trace.
+    """
+
+    world_size: int
+    batch: int
+    step_s: float
+    parts: Mapping[str, float]
+    collectives: int
+    collectives_s: float
+    trace: Path
+
+    def document(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "world_size": self.world_size,
+            "step_s": self.step_s,
+            "images_per_s": self.batch / self.step_s,
+            "parts_s": dict(self.parts),
+            "collectives": {"count": self.collectives, "seconds": self.collectives_s},
+            "trace": str(self.trace),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        named = {**self.parts, "step": self.step_s}
+        table = [
+            f"{name:10} {1e3 * seconds:>10.1f} ms {seconds / self.step_s:>6.1%}"
+            for name, seconds in named.items()
+        ]
+        workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
+        rate = f"{workers}: {self.batch / self.step_s:.3g} images/s"
+        if self.collectives:
+            rate += (
+                f"; {self.collectives} collectives a step, {1e3 * self.collectives_s:.1f} ms in "
+                "forward, loss and backward (by the trace)"
+            )
+        return [*table, rate, f"trace: {self.trace} (open it in ui.perfetto.dev)"]
+
+
+def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profile:
+    """Run some steps of a pretraining on its workers; nothing of a run is written.
+
+    Args:
+        config: The settings.
+        steps: Steps that count in the table, from 1.
+        out: The trace to write, gzip'ed JSON.
+
+    Raises:
+        UserError: what would stop the run too, or the trace cannot be written.
+    """
+    config, out = absolute(config), Path(out)
+    if config.workers.min:
+        raise ConfigError("workers.min: a profile is of one size of the group; leave it out.")
+    check_workers(config)
+    check_model(config)
+    open_shards(config)
+    elsewhere = on_cluster()
+    with cluster(config), scratch("profile") as folder:
+        channel = Path(folder) / "rows.jsonl"
+        plan = {"settings": to_tree(config), "steps": steps, "check_memory": elsewhere}
+        total = WARM_UP + steps + min(steps, TRACED)
+        with progress("profiling", total, "steps") as bar:
+            fit = trainer(profile_worker, plan, config, channel, folder)
+            with watching(channel, lambda row: bar.advance(int("step" in row))):
+                found = _fitted(fit)
+    write_whole(out, found.pop("trace"))
+    return Profile(config.workers.num, config.train.batch_size, trace=out, **found)
+
+
+def _fitted(fit: Any) -> dict[str, Any]:
+    """What rank 0 found."""
+    from ray.train import TrainingFailedError
+
+    try:
+        return dict(fit.fit().return_value)
+    except Exception as error:
+        cause = user_error(error)
+        if cause:
+            raise cause from None
+        if isinstance(error, TrainingFailedError):
+            words = (str(error).strip().splitlines() or ["no message"])[-1]
+            raise TrainingError(f"The workers could not be profiled ({words}).") from error
+        raise
+
+
+def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
+    """Train some steps as one worker of a group and tell where their time went.
+
+    Args:
+        plan: `settings`, `steps` and `check_memory`, as the driver wrote them.
+    """
+    import ray.train
+
+    config = settings_of(plan)
+    member = join(config, check_room=plan["check_memory"])
+    traced = min(plan["steps"], TRACED)
+    total = WARM_UP + plan["steps"] + traced
+    steps = steps_of(config, open_shards(config), member)
+    model = make_model(config, member)
+    optimizer = make_optimizer(model, config.train)
+    wrapped = wrap(TwoViews(model), config, member)
+    watch = Stopwatch(member.device)
+    stream = stream_of(config, steps, member, start=0, stop=total)
+
+    def step() -> None:
+        with watch("data wait"):
+            batch: Batch = next(stream)
+        train_step(wrapped, optimizer, batch, RATE, config, member, watch)
+        watch.split()
+        # On every rank: Ray gathers one report of each.
+        ray.train.report({"step": batch.step + 1})
+
+    for _ in range(WARM_UP):
+        step()
+    watch.steps()
+    for _ in range(plan["steps"]):
+        step()
+    timed = watch.steps()
+    kinds = [ProfilerActivity.CPU]
+    if member.device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as tracer:
+        for _ in range(traced):
+            step()
+    calls = [event for event in tracer.events() or () if event.name.startswith(COLLECTIVES)]
+    seconds = sum(event.device_time or event.cpu_time for event in calls) / 1e6
+    return {
+        "step_s": statistics.median(whole for _, whole in timed),
+        "parts": {
+            name: statistics.median(parts[name] for parts, _ in timed) for name in timed[0][0]
+        },
+        "collectives": len(calls) // traced,
+        "collectives_s": seconds / traced,
+        "trace": _trace(tracer) if member.rank == 0 else b"",
+    }
+
+
+def _trace(tracer: profile) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="mlvicx-trace-") as folder:
+        path = Path(folder) / "trace.json"
+        tracer.export_chrome_trace(str(path))
+        return gzip.compress(path.read_bytes(), 5)
+
+
+class Stopwatch:
+    """Times the parts of steps, each a span in a trace too; on CUDA by events of the stream.
+
+    Between events the host does not wait for the device, so that a step runs as it always does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._steps: list[list[tuple[str, Any, Any]]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Around one part of a step."""
+        begin = self._now()
+        with record_function(name):
+            yield
+        self._spans.append((name, begin, self._now()))
+
+    def split(self) -> None:
+        """A step ends here."""
+        self._steps.append(self._spans)
+        self._spans = []
+
+    def steps(self) -> list[tuple[dict[str, float], float]]:
+        """The seconds of each step's parts and of the whole, since the last time."""
+        taken, self._steps = self._steps, []
+        if self._cuda:
+            torch.cuda.synchronize()
+        return [
+            (
+                {name: self._seconds(begin, end) for name, begin, end in spans},
+                self._seconds(spans[0][1], spans[-1][2]),
+            )
+            for spans in taken
+        ]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)

@@ -1,0 +1,155 @@
+"""One step of one worker: the model, its place in the group, and what happens to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from mlvicx_dist.config import Loss, PretrainConfig, VicWeights
+from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.model.encoder import load_strictly, normalise
+from mlvicx_dist.model.mlvicx import MLVICX, build_model
+from mlvicx_dist.objective.global_batch import (
+    convert_batch_norm,
+    ddp_scale,
+    global_terms,
+    weighted_loss,
+)
+from mlvicx_dist.objective.terms import Terms
+from mlvicx_dist.stream.augment import photometrics
+from mlvicx_dist.stream.loader import Batch
+from mlvicx_dist.stream.order import rank_shares
+from mlvicx_dist.train.checkpoint import load_encoder
+
+Part = Callable[[str], AbstractContextManager[Any]]
+"""From the name of a part of a step to a block around it."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One worker of a group: its rank, the size of the group and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+class TwoViews(nn.Module):
+    """Both views through one model in one call, as DDP wants it.
+
+    Two forwards, view 1 first: batch statistics are per view and running ones move twice a step
+    (DESIGN 4.1).
+    """
+
+    def __init__(self, model: MLVICX) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, first: torch.Tensor, second: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+        """The embeddings of both views and view 1's representation without gradient, [b, F]."""
+        maps = self.model.encoder(first)
+        representation = self.model.representation(maps).detach()
+        return self.model.project(maps), self.model(second), representation
+
+
+def make_model(config: PretrainConfig, member: Member) -> MLVICX:
+    """The model of the settings on its device, with the weights that it is to start from."""
+    model = build_model(config.model, config.train.seed)
+    if config.train.init_from:
+        source = load_encoder(config.train.init_from)
+        if source.settings.backbone != config.model.backbone:
+            raise CheckpointError(
+                f"{config.train.init_from}: its backbone is {source.settings.backbone}, but "
+                f"model.backbone is {config.model.backbone}; make the two agree."
+            )
+        load_strictly(model.encoder, source.backbone.state_dict(), where=config.train.init_from)
+    if config.train.recompute:
+        model.encoder.recompute()
+    if member.world_size > 1:
+        convert_batch_norm(model, member.device)
+    return model.to(member.device)
+
+
+def wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
+    """The model as a worker of a group calls it."""
+    if member.world_size == 1:
+        return model
+    # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
+    # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
+    # unused parameters, so a run that must be bitwise repeatable has it look.
+    return DistributedDataParallel(
+        model,
+        device_ids=[member.device] if member.device.type == "cuda" else None,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.deterministic,
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    rate: float,
+    config: PretrainConfig,
+    member: Member,
+    part: Part = record_function,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One optimizer step; answers with its terms, scalars by name, and view 1's representation.
+
+    `part` is entered around each part of the step with its name, one after the other; as it is
+    given, each is a span in a trace of torch.profiler.
+    """
+    with part("transfer"):
+        images = batch.images.to(member.device, non_blocking=True)
+        table = batch.table.to(member.device, non_blocking=True)
+    with part("augment"):
+        kernel_px, channels = config.views.blur_kernel_px, config.model.channels
+        first, second = (
+            normalise(photometrics(view / 255, values, kernel_px=kernel_px), channels)
+            for view, values in zip(images, table, strict=True)
+        )
+    precision = torch.autocast(
+        member.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
+    )
+    with part("forward"), precision:
+        embeddings1, embeddings2, representation = model(first, second)
+    with part("loss"):
+        shares = rank_shares(config.train.batch_size, member.world_size)
+        terms, spreads = global_terms(embeddings1, embeddings2, shares=shares)
+        loss = weighted_loss(terms, config.loss)
+    with part("backward"):
+        optimizer.zero_grad(set_to_none=True)
+        (loss * ddp_scale()).backward()
+    with part("optimizer"):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    return named_terms(loss, terms, spreads, config.loss), representation
+
+
+def named_terms(
+    loss: torch.Tensor,
+    terms: Mapping[str, Terms],
+    spreads: Mapping[str, torch.Tensor],
+    settings: Loss,
+) -> dict[str, torch.Tensor]:
+    """The loss, and by level each term unweighted and weighted and the embedding's std."""
+    named = {"loss": loss}
+    for head, values in terms.items():
+        weights = settings.global_ if head == "global" else settings.local
+        for term in VicWeights.model_fields:
+            value = getattr(values, term)
+            named[f"{head}/{term}"] = value
+            named[f"{head}/{term}_weighted"] = getattr(weights, term) * value
+        named[f"{head}/std"] = spreads[head]
+    return named

@@ -1,0 +1,75 @@
+"""`mlvicx profile`: the parts of a step of two workers, and a trace that can be opened."""
+
+import gzip
+import json
+import time
+
+import pytest
+import torch
+from small import SMALL
+
+from mlvicx_dist.cli import main
+from mlvicx_dist.profile import Stopwatch
+
+PARTS = ["data wait", "transfer", "augment", "forward", "loss", "backward", "optimizer"]
+RUN = """\
+kind: pretrain
+run: {{name: small, storage_path: {runs}}}
+data: {{shards: [{{path: {shards}}}], loader_workers: 1}}
+train: {{batch_size: 6, epochs: 1, optimizer: adamw}}
+workers: {{num: 2}}
+"""
+
+
+@pytest.fixture
+def config(phantom_shards, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RUN.format(runs=tmp_path / "runs", shards=phantom_shards) + SMALL)
+    return path
+
+
+def test_where_the_time_of_a_step_goes(config, tmp_path, capsys):
+    trace = tmp_path / "trace.json.gz"
+    assert main(["profile", str(config), "--steps", "2", "--out", str(trace), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["parts_s"]) == PARTS
+    # Between parts a step does next to nothing.
+    assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"], rel=0.2)
+    assert found["images_per_s"] == pytest.approx(6 / found["step_s"])
+    # Three for the loss, more for batch norm and gradients.
+    assert found["collectives"]["count"] > 3
+    assert found["collectives"]["seconds"] > 0
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert {event.get("name") for event in events} >= set(PARTS)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stopwatch_tells_steps_apart():
+    watch = Stopwatch(torch.device("cpu"))
+    for seconds in (0.02, 0.05):
+        with watch("a"):
+            time.sleep(seconds)
+        with watch("b"):
+            pass
+        watch.split()
+    (first, whole), (second, _) = watch.steps()
+    assert 0.02 <= first["a"] <= whole
+    assert second["a"] >= 0.05
+    assert first["b"] < 0.01
+    assert watch.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["workers.min=1"], "workers.min"),
+        (["workers.num=7"], "workers.num is 7"),
+        (["data.shards.0.path=/absent"], "/absent"),
+    ],
+)
+def test_what_cannot_be_profiled_is_one_sentence(config, overrides, words, capsys):
+    sets = [part for override in overrides for part in ("--set", override)]
+    assert main(["profile", str(config), *sets]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert len(said.splitlines()) == 1
