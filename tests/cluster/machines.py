@@ -6,6 +6,7 @@ this process is 10.77.0.254. It needs root, and a network namespace that is nobo
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,7 @@ class Machine:
 
     def do(self, command):
         """What a command says in a login shell there."""
-        return run(*self.ssh, f"bash --login -c '. ~/.bashrc; {command}'")
+        return run(*self.ssh, f"bash --login -c {shlex.quote(f'. ~/.bashrc; {command}')}")
 
     def unplug(self):
         """Cut its cable."""
@@ -168,6 +169,9 @@ class Machine:
         self.process.kill()
         self.process.wait()
         self.log.close()
+        # The cable goes with it, but not at once.
+        cable = ["ip", "link", "del", f"port{self.number}"]
+        subprocess.run(cable, capture_output=True, check=False)
 
 
 class Lan:

@@ -19,6 +19,7 @@ while [[ $1 == --* ]]; do
 done
 command="cd {root}; . .venv/bin/activate; export RAY_AUTH_MODE=token;"
 command+=" export RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0;"
+command+=" export RAY_gcs_rpc_server_reconnect_timeout_s=$RAY_gcs_rpc_server_reconnect_timeout_s;"
 command+=$(printf ' %q' "$@")
 tasks=()
 for node in $nodes; do
