@@ -110,9 +110,11 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
         mean = images.mean((2, 3), keepdim=True)
         # Contrast blends with the image's mean, brightness with black.
-        images = (factor * images + (1 - factor) * contrast * mean).clamp(0, 1)
+        images = (factor * images).add_((1 - factor) * contrast * mean).clamp_(0, 1)
     images = blur(images, sigma.flatten(), kernel_px=kernel_px)
-    return torch.where((solarise > 0) & (images >= 128 / 255), 1 - images, images)
+    chosen = solarise.flatten().nonzero().flatten()
+    bright = images[chosen]
+    return images.index_copy_(0, chosen, torch.where(bright >= 128 / 255, 1 - bright, bright))
 
 
 def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
