@@ -17,6 +17,8 @@ from mlvicx_dist.stream import keyed
 
 CROP_TRIES = 10
 DRAWS = 4 * CROP_TRIES + 8
+BLOCK_PX = 32
+"""Rows of a blur that are computed at once."""
 PARAMETERS = ("factor1", "contrast1", "factor2", "contrast2", "blur_sigma_px", "solarise")
 """Columns of the photometric table: two jitter steps (a factor, and whether it is contrast or
 brightness), the blur (0 is none) and whether to solarise."""
@@ -120,7 +122,8 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
 def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
     """Gaussian blur with a width for each image (0: none) and mirrored borders.
 
-    As a matrix product a side: the kernels, borders included, are banded S x S matrices.
+    As a matrix product a side: the kernels, borders included, are banded S x S matrices, of which
+    only the bands are multiplied.
 
     Args:
         images: [B, 1, S, S].
@@ -133,9 +136,16 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
     chosen = sigma_px.nonzero().flatten()
     if not len(chosen):
         return images
-    matrix = _blur_matrix(sigma_px[chosen], images.shape[-1], kernel_px)
-    blurred = (matrix @ images[chosen, 0] @ matrix.transpose(1, 2)).unsqueeze(1)
-    return images.index_copy(0, chosen, blurred)
+    size, half = images.shape[-1], kernel_px // 2
+    matrix = _blur_matrix(sigma_px[chosen], size, kernel_px)
+    bands = [
+        (slice(a, a + BLOCK_PX), slice(max(a - half, 0), a + BLOCK_PX + half))
+        for a in range(0, size, BLOCK_PX)
+    ]
+    picked = images[chosen, 0]
+    rows = torch.cat([matrix[:, block, band] @ picked[:, band] for block, band in bands], 1)
+    blurred = [rows[:, :, band] @ matrix[:, block, band].transpose(1, 2) for block, band in bands]
+    return images.index_copy(0, chosen, torch.cat(blurred, 2).unsqueeze(1))
 
 
 def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Tensor:
