@@ -69,7 +69,7 @@ def crop_box(height: int, width: int, views: Views, draws: np.ndarray) -> tuple[
     """
     low, high = views.crop_scale
     log_low, log_high = (math.log(ratio) for ratio in views.crop_ratio)
-    for area, aspect, top, left in draws.reshape(CROP_TRIES, 4):
+    for area, aspect, top, left in draws.reshape(CROP_TRIES, 4).tolist():
         target = height * width * (low + (high - low) * area)
         ratio = math.exp(log_low + (log_high - log_low) * aspect)
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
@@ -84,7 +84,7 @@ def crop_box(height: int, width: int, views: Views, draws: np.ndarray) -> tuple[
 
 def photometric_row(views: Views, view: int, draws: np.ndarray) -> tuple[float, ...]:
     """One row of the photometric table from 7 uniform numbers."""
-    jitter, bright, contrast, swap, blur, sigma, solarise = draws
+    jitter, bright, contrast, swap, blur, sigma, solarise = draws.tolist()
     on = jitter < views.jitter_p
     brightness = 1 + on * views.brightness * (2 * bright - 1)
     contrasting = 1 + on * views.contrast * (2 * contrast - 1)
@@ -145,7 +145,8 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
     picked = images[chosen, 0]
     rows = torch.cat([matrix[:, block, band] @ picked[:, band] for block, band in bands], 1)
     blurred = [rows[:, :, band] @ matrix[:, block, band].transpose(1, 2) for block, band in bands]
-    return images.index_copy(0, chosen, torch.cat(blurred, 2).unsqueeze(1))
+    whole = torch.cat(blurred, 2).unsqueeze(1)
+    return whole if len(chosen) == len(images) else images.index_copy(0, chosen, whole)
 
 
 def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Tensor:
