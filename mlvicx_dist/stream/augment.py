@@ -100,21 +100,21 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
 
     Args:
         images: Grey views in [0, 1], float [B, 1, S, S].
-        table: Photometric table, float32 [B, 6].
+        table: Photometric table, float32 [B, 6], on the host: which images are blurred or
+            solarised is then known without waiting for the device.
         kernel_px: Width of the blur kernel, odd.
 
     Returns:
         Views in [0, 1], float [B, 1, S, S].
     """
-    factor1, contrast1, factor2, contrast2, sigma, solarise = table.to(images.dtype)[
-        :, :, None, None, None
-    ].unbind(1)
+    jitter = table[:, :4, None, None, None].to(images, non_blocking=True)
+    factor1, contrast1, factor2, contrast2 = jitter.unbind(1)
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
         mean = images.mean((2, 3), keepdim=True)
         # Contrast blends with the image's mean, brightness with black.
         images = (factor * images).add_((1 - factor) * contrast * mean).clamp_(0, 1)
-    images = blur(images, sigma.flatten(), kernel_px=kernel_px)
-    chosen = solarise.flatten().nonzero().flatten()
+    images = blur(images, table[:, 4], kernel_px=kernel_px)
+    chosen = table[:, 5].nonzero().flatten().to(images.device)
     bright = images[chosen]
     return images.index_copy_(0, chosen, torch.where(bright >= 128 / 255, 1 - bright, bright))
 
@@ -127,7 +127,7 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
 
     Args:
         images: [B, 1, S, S].
-        sigma_px: Standard deviations in pixels, [B].
+        sigma_px: Standard deviations in pixels, [B], on the host.
         kernel_px: Width of the kernel, odd.
 
     Returns:
@@ -137,7 +137,8 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
     if not len(chosen):
         return images
     size, half = images.shape[-1], kernel_px // 2
-    matrix = _blur_matrix(sigma_px[chosen], size, kernel_px)
+    matrix = _blur_matrix(sigma_px[chosen].to(images), size, kernel_px)
+    chosen = chosen.to(images.device)
     bands = [
         (slice(a, a + BLOCK_PX), slice(max(a - half, 0), a + BLOCK_PX + half))
         for a in range(0, size, BLOCK_PX)

@@ -16,7 +16,7 @@ NOTHING = np.zeros(4, np.uint64)
 
 
 class _Generator(threading.local):
-    """One a thread, as a new one asks the system for randomness, which takes several draws' time."""
+    """One a thread: to make one asks the system for randomness, which takes longer than a draw."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(key=0)
