@@ -16,11 +16,10 @@ from typing import Any
 from mlvicx_dist.config import EvaluateConfig, PretrainConfig, load_as
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
 from mlvicx_dist.ingest.pack import pack
-from mlvicx_dist.ingest.record import load_salt
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
-from mlvicx_dist.ingest.sources.phantom import write_phantoms
+from mlvicx_dist.ingest.sources.phantom import SALT, write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.progress import duration, progress
 from mlvicx_dist.report.page import write_report
@@ -111,12 +110,9 @@ def _shard(out: Path) -> None:
             out / "images", PHANTOMS, size_px=SIZE_PX, workers=None, progress=bar
         )
     listing = list_csv(out / "images", table, name="phantom", columns=Columns(), classes=CLASSES)
-    # Phantoms are nobody: a salt of the demo's own keeps its shards the same everywhere.
-    write_whole(out / "salt", ("00" * 32).encode())
-    salt = load_salt(out / "salt")
     with progress("packing", PHANTOMS, "images") as bar:
         pack(
-            listing.records, out / "shards", settings=PACKING, salt=salt, workers=None, progress=bar
+            listing.records, out / "shards", settings=PACKING, salt=SALT, workers=None, progress=bar
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def list_records(options: argparse.Namespace) -> Listing:
     """Draw what is not drawn yet, then list it as the folder source does."""
     from mlvicx_dist.ingest.sources.anatomy import CLASSES
     from mlvicx_dist.ingest.sources.folder import Columns, list_csv
-    from mlvicx_dist.ingest.sources.phantom import write_phantoms
+    from mlvicx_dist.ingest.sources.phantom import SALT, write_phantoms
     from mlvicx_dist.progress import progress
 
     source = options.source or Path(options.out + "-images")
@@ -44,7 +45,8 @@ def list_records(options: argparse.Namespace) -> Listing:
             workers=options.workers,
             progress=bar,
         )
-    return list_csv(source, table, name="phantom", columns=Columns(), classes=CLASSES)
+    listing = list_csv(source, table, name="phantom", columns=Columns(), classes=CLASSES)
+    return replace(listing, salt=SALT)
 
 
 if __name__ == "__main__":

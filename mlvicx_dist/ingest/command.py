@@ -105,8 +105,9 @@ def _pack(
     source = getattr(options, "source", None)
     if source and f"{out}/".startswith(f"{place(source)}/"):
         raise UserError(f"--out {options.out}: it lies in the source; choose another folder.")
-    salt = load_salt(Path(options.salt_file) if options.salt_file else None)
+    given = load_salt(Path(options.salt_file)) if options.salt_file else None
     listing = list_records(options)
+    salt = given or listing.salt or load_salt()
     with progress("packing", len(listing.records), "images") as bar:
         for note in listing.notes:
             bar.say(note)

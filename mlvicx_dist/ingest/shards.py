@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import tarfile
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -247,14 +246,12 @@ def decode_image(data: bytes) -> np.ndarray:
         DataError: it cannot be decoded, or is larger than any radiograph.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"{image.width} x {image.height} pixels are too many")
-                if image.mode.startswith("I"):
-                    return np.asarray(image).astype(np.uint16)
-                return np.asarray(image.convert("L") if image.mode != "L" else image)
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode.startswith("I"):
+                return np.asarray(image).astype(np.uint16)
+            return np.asarray(image.convert("L") if image.mode != "L" else image)
     except (
         UnidentifiedImageError,
         OSError,

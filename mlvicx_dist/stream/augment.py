@@ -17,6 +17,8 @@ from mlvicx_dist.stream import keyed
 
 CROP_TRIES = 10
 DRAWS = 4 * CROP_TRIES + 8
+BLOCK_PX = 32
+"""Rows of a blur that are computed at once."""
 PARAMETERS = ("factor1", "contrast1", "factor2", "contrast2", "blur_sigma_px", "solarise")
 """Columns of the photometric table: two jitter steps (a factor, and whether it is contrast or
 brightness), the blur (0 is none) and whether to solarise."""
@@ -67,7 +69,7 @@ def crop_box(height: int, width: int, views: Views, draws: np.ndarray) -> tuple[
     """
     low, high = views.crop_scale
     log_low, log_high = (math.log(ratio) for ratio in views.crop_ratio)
-    for area, aspect, top, left in draws.reshape(CROP_TRIES, 4):
+    for area, aspect, top, left in draws.reshape(CROP_TRIES, 4).tolist():
         target = height * width * (low + (high - low) * area)
         ratio = math.exp(log_low + (log_high - log_low) * aspect)
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
@@ -82,7 +84,7 @@ def crop_box(height: int, width: int, views: Views, draws: np.ndarray) -> tuple[
 
 def photometric_row(views: Views, view: int, draws: np.ndarray) -> tuple[float, ...]:
     """One row of the photometric table from 7 uniform numbers."""
-    jitter, bright, contrast, swap, blur, sigma, solarise = draws
+    jitter, bright, contrast, swap, blur, sigma, solarise = draws.tolist()
     on = jitter < views.jitter_p
     brightness = 1 + on * views.brightness * (2 * bright - 1)
     contrasting = 1 + on * views.contrast * (2 * contrast - 1)
@@ -98,31 +100,34 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
 
     Args:
         images: Grey views in [0, 1], float [B, 1, S, S].
-        table: Photometric table, float32 [B, 6].
+        table: Photometric table, float32 [B, 6], on the host: which images are blurred or
+            solarised is then known without waiting for the device.
         kernel_px: Width of the blur kernel, odd.
 
     Returns:
         Views in [0, 1], float [B, 1, S, S].
     """
-    factor1, contrast1, factor2, contrast2, sigma, solarise = table.to(images.dtype)[
-        :, :, None, None, None
-    ].unbind(1)
+    jitter = table[:, :4, None, None, None].to(images, non_blocking=True)
+    factor1, contrast1, factor2, contrast2 = jitter.unbind(1)
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
         mean = images.mean((2, 3), keepdim=True)
         # Contrast blends with the image's mean, brightness with black.
-        images = (factor * images + (1 - factor) * contrast * mean).clamp(0, 1)
-    images = blur(images, sigma.flatten(), kernel_px=kernel_px)
-    return torch.where((solarise > 0) & (images >= 128 / 255), 1 - images, images)
+        images = (factor * images).add_((1 - factor) * contrast * mean).clamp_(0, 1)
+    images = blur(images, table[:, 4], kernel_px=kernel_px)
+    chosen = table[:, 5].nonzero().flatten().to(images.device)
+    bright = images[chosen]
+    return images.index_copy_(0, chosen, torch.where(bright >= 128 / 255, 1 - bright, bright))
 
 
 def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
     """Gaussian blur with a width for each image (0: none) and mirrored borders.
 
-    As a matrix product a side: the kernels, borders included, are banded S x S matrices.
+    As a matrix product a side: the kernels, borders included, are banded S x S matrices, of which
+    only the bands are multiplied.
 
     Args:
         images: [B, 1, S, S].
-        sigma_px: Standard deviations in pixels, [B].
+        sigma_px: Standard deviations in pixels, [B], on the host.
         kernel_px: Width of the kernel, odd.
 
     Returns:
@@ -131,9 +136,18 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
     chosen = sigma_px.nonzero().flatten()
     if not len(chosen):
         return images
-    matrix = _blur_matrix(sigma_px[chosen], images.shape[-1], kernel_px)
-    blurred = (matrix @ images[chosen, 0] @ matrix.transpose(1, 2)).unsqueeze(1)
-    return images.index_copy(0, chosen, blurred)
+    size, half = images.shape[-1], kernel_px // 2
+    matrix = _blur_matrix(sigma_px[chosen].to(images), size, kernel_px)
+    chosen = chosen.to(images.device)
+    bands = [
+        (slice(a, a + BLOCK_PX), slice(max(a - half, 0), a + BLOCK_PX + half))
+        for a in range(0, size, BLOCK_PX)
+    ]
+    picked = images[chosen, 0]
+    rows = torch.cat([matrix[:, block, band] @ picked[:, band] for block, band in bands], 1)
+    blurred = [rows[:, :, band] @ matrix[:, block, band].transpose(1, 2) for block, band in bands]
+    whole = torch.cat(blurred, 2).unsqueeze(1)
+    return whole if len(chosen) == len(images) else images.index_copy(0, chosen, whole)
 
 
 def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Tensor:

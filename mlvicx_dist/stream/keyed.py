@@ -6,17 +6,38 @@ what is drawn here stays the same over numpy versions, processes and restarts.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 SHARDS, SAMPLES, VIEWS = 0, 1, 2
 """What a draw is for; the first coordinate of its counter."""
+NOTHING = np.zeros(4, np.uint64)
+
+
+class _Generator(threading.local):
+    """One a thread: to make one asks the system for randomness, which takes longer than a draw."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+
+
+_GENERATOR = _Generator()
 
 
 def raw(count: int, *, seed: int, epoch: int, purpose: int, item: int, part: int = 0) -> np.ndarray:
     """`count` uniform 64-bit integers of one stream, uint64 [count]."""
     # Philox counts up in the first word; the other three name the stream.
-    bits = np.random.Philox(key=[seed, epoch], counter=[0, item, part, purpose])
-    return bits.random_raw(count)
+    counter = np.array([0, item, part, purpose], np.uint64)
+    _GENERATOR.bits.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": counter, "key": np.array([seed % 2**64, epoch], np.uint64)},
+        "buffer": NOTHING,
+        "buffer_pos": len(NOTHING),
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return _GENERATOR.bits.random_raw(count)
 
 
 def uniform(

@@ -111,12 +111,11 @@ def train_step(
     """
     with part("transfer"):
         images = batch.images.to(member.device, non_blocking=True)
-        table = batch.table.to(member.device, non_blocking=True)
     with part("augment"):
         kernel_px, channels = config.views.blur_kernel_px, config.model.channels
         first, second = (
             normalise(photometrics(view / 255, values, kernel_px=kernel_px), channels)
-            for view, values in zip(images, table, strict=True)
+            for view, values in zip(images, batch.table, strict=True)
         )
     precision = torch.autocast(
         member.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"

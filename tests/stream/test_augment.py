@@ -84,8 +84,10 @@ def test_probabilities_are_kept():
     assert rows[:, :, [0, 2]].max() <= 1.4
 
 
-def test_photometrics_equal_torchvisions_one_image_at_a_time():
-    x = torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("size", [32, 75])
+def test_photometrics_equal_torchvisions_one_image_at_a_time(size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(6, 1, size, size, generator=generator, dtype=torch.float64)
     table = torch.tensor(
         [
             [1.3, 0, 0.7, 1, 0.0, 0],

@@ -16,10 +16,14 @@ from mlvicx_dist.storage import Place, files_below, place
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source, and what was noticed: counts that differ, files that are missing."""
+    """The images of a source, and what was noticed: counts that differ, files that are missing.
+
+    A `salt` is of images that are nobody's; else the user's own is taken.
+    """
 
     records: Sequence[Record]
     notes: Sequence[str] = ()
+    salt: bytes | None = None
 
 
 @dataclass(frozen=True)
