@@ -25,10 +25,9 @@ from table import Row, by_turns, main, peak_mb, seconds
 from torch import nn
 
 from mlvicx_dist.config import PretrainConfig, load_as
-from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
 from mlvicx_dist.train.allocator import keep_freed_memory
-from mlvicx_dist.train.step import TwoViews
+from mlvicx_dist.train.step import Member, TwoViews, make_model
 from mlvicx_dist.train.versions import bf16_in_software
 
 SIZE, ROUNDS, THREADS = 224, 3, 2
@@ -39,7 +38,8 @@ SETTINGS = load_as(PretrainConfig, PUBLISHED, ["model.init=random"])
 def our_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
     """The published preset, as a worker trains it."""
     settings = SETTINGS.model.model_copy(update={"backbone": backbone})
-    model = build_model(settings, 0)
+    config = SETTINGS.model_copy(update={"model": settings})
+    model = make_model(config, Member(0, 1, torch.device("cpu")))
     views = TwoViews(model)
     first, second = images(batch)
 

@@ -49,9 +49,12 @@ class GatedBackbone(nn.Module):
                         "set model.context=false or choose a plain convolutional backbone."
                     )
                 module.register_forward_hook(_Gate(gate))
+        # The layout in which convolutions are fastest, on a CPU and on a GPU.
+        self.backbone.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Normalised images [B, C, H, W] to one map a level, gated where it is chosen."""
+        images = images.contiguous(memory_format=torch.channels_last)
         if self.parts and torch.is_grad_enabled():
             return recomputed_maps(self.backbone, self.parts, images)
         maps: list[torch.Tensor] = self.backbone(images)
