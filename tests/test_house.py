@@ -15,7 +15,7 @@ FLOORS = [
     ("evaluate",),
     ("tune",),
     ("report",),
-    ("doctor", "export", "demo"),
+    ("plan", "doctor", "export", "demo"),
     ("cli", "__main__"),
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
