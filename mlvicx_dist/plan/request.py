@@ -115,8 +115,9 @@ def machines_for(config: PretrainConfig, request: Request) -> Machines:
         per_node = request.gpus_per_node or max(cores // config.workers.cpus_per_worker, 1)
         return Machines(None, workers, per_node, cores, network_gbit, ())
     per_node = request.gpus_per_node or min(PER_NODE, workers)
-    said = (f"a machine has {per_node} GPUs and a network of {network_gbit:g} Gbit/s",)
-    return Machines(gpu_named(kind), workers, per_node, None, network_gbit, said)
+    said = f"a machine has {per_node} GPUs and a network of {network_gbit:g} Gbit/s"
+    several = (said,) if workers > per_node else ()
+    return Machines(gpu_named(kind), workers, per_node, None, network_gbit, several)
 
 
 def _of_cluster(path: str, cluster: Cluster, request: Request, workers: int) -> Machines:
@@ -129,6 +130,8 @@ def _of_cluster(path: str, cluster: Cluster, request: Request, workers: int) -> 
             f"{path}: it does not tell the GPUs of its {cluster.name}; give --gpu-type and "
             "--gpus-per-node."
         )
+    if kind.lower() == CPU:
+        raise ConfigError(f"{path}: a cluster is planned by its GPUs; leave out --gpu-type {kind}.")
     gpu = gpu_named(kind)
     if node and node.gpu != gpu.name:
         raise ConfigError(

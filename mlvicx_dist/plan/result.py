@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -130,7 +131,7 @@ class Plan:
         """For people."""
         group, seconds, loading = self.group, self.seconds, self.loading
         rows = [
-            ("workers", f"{group.workers} x {self.device} in {group.nodes} machines"),
+            ("workers", f"{group.workers} x {self.device} in {_many(group.nodes, 'machine')}"),
             ("batch", f"{self.batch} images, {self.work.rows} a worker at most"),
             ("FLOPs", f"{_scaled(self.work.flops)}FLOP a step a worker"),
             (
@@ -150,8 +151,11 @@ class Plan:
                 f"{_scaled(self.images_per_s * loading.image_bytes / group.nodes)}B/s a machine",
             ),
             ("step", f"{_seconds(seconds.step)}: {self._parts()}"),
-            ("bottleneck", f"{seconds.bottleneck}: {REMEDIES[seconds.bottleneck]}"),
-            ("images/s", f"{self.images_per_s:.0f}, {self.images_per_s / group.workers:.1f} each"),
+            ("bottleneck", f"{seconds.bottleneck}: {self._remedy()}"),
+            (
+                "images/s",
+                f"{_rate(self.images_per_s)}, {_rate(self.images_per_s / group.workers)} each",
+            ),
             (
                 "time",
                 f"{duration(3600 * self.hours)} for {self.steps} steps, "
@@ -162,6 +166,14 @@ class Plan:
             rows.append(("cost", f"{self.cost:,.0f} at {self.price_per_hour:g} an hour each"))
         told = [f"{name:12}{words}" for name, words in rows]
         return [*told, "Assumed:", *(f"- {line}" for line in self.assumed)]
+
+    def _remedy(self) -> str:
+        """What would help, and how many loader processes would be enough."""
+        remedy = REMEDIES[self.seconds.bottleneck]
+        if self.seconds.bottleneck != "loader":
+            return remedy
+        enough = self.work.rows / self.seconds.computing / self.loading.images_per_s
+        return f"{remedy}; {math.ceil(enough)} processes a worker would keep up"
 
     def _exchanged(self) -> str:
         if self.group.workers == 1:
@@ -178,6 +190,14 @@ class Plan:
         parts = sorted(self.seconds.parts().items(), key=lambda part: -part[1])
         told = [f"{name} {_seconds(s)}" for name, s in parts if s > 0 and name != "loader"]
         return f"{', '.join(told)}; beside it loader {_seconds(self.seconds.loader)}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count > 1 else "")
+
+
+def _rate(count: float) -> str:
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
 
 
 def _scaled(count: float) -> str:

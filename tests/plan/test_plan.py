@@ -89,6 +89,9 @@ def test_with_few_loader_processes_the_loader_is_the_bottleneck(config, monkeypa
     few = make_plan(config(data__loader_workers=1, train__batch_size=256), L4)
     assert few.seconds.bottleneck == "loader"
     assert few.images_per_s == pytest.approx(4 * 100)
+    [told] = [line for line in few.lines() if line.startswith("bottleneck")]
+    enough = int(re.search(r"(\d+) processes a worker would keep up", told)[1])
+    assert 64 / (100 * enough) <= few.seconds.computing < 64 / (100 * (enough - 1))
     monkeypatch.setattr(command, "LOADER_IMAGES_PER_S", 10_000.0)
     # 48 cores and 4 GPUs: 11 of 64 processes have a core.
     many = make_plan(
@@ -159,6 +162,10 @@ def test_a_plan_for_this_cpu_times_it(config):
         (["--gpus", "8"], "--gpus is 8, but a batch of 7 images cannot be shared"),
         (["--cluster", "/nowhere.yaml"], "/nowhere.yaml: the cluster file cannot be read"),
         (["--cluster", CLUSTER, "--gpu-type", "T4"], "has L4s, but --gpu-type is T4; leave out"),
+        (
+            ["--cluster", CLUSTER, "--gpu-type", "cpu"],
+            "a cluster is planned by its GPUs; leave out",
+        ),
         (
             ["--cluster", CLUSTER, "--gpus", "17", "--set", "train.batch_size=64"],
             "it grows to 4 g6.12xlarge with 16 GPUs in all, but 17 are asked for",
