@@ -128,6 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(add, nargs="?")
 
     add = command(
+        "plan", _plan, "foretell time, memory, bottleneck and cost of a run on GPUs or this CPU"
+    )
+    _add_config(add)
+    add.add_argument("--gpus", type=int, metavar="N", help="how many (default: workers.num)")
+    add.add_argument("--gpu-type", metavar="NAME", help="such as L4 or H100; cpu: this machine")
+    add.add_argument("--cluster", metavar="FILE", help="take the machines of a cluster file")
+    add.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a machine")
+    add.add_argument("--network-gbit", type=float, metavar="G", help="a machine's, in Gbit/s")
+    add.add_argument("--price-per-hour", type=float, metavar="P", help="of one GPU")
+    add.add_argument("--images", type=int, metavar="N", help="of an epoch, instead of the shards'")
+
+    add = command(
         "profile", _profile, "where the time of a training step goes: a table and a trace"
     )
     _add_config(add)
@@ -275,6 +287,19 @@ def _doctor(options: argparse.Namespace) -> Answer:
     config = load_as(PretrainConfig, options.config, options.overrides) if options.config else None
     diagnosis = examine(config)
     return Answer(diagnosis.document(), diagnosis.lines(), 0 if diagnosis.well else 1)
+
+
+def _plan(options: argparse.Namespace) -> Answer:
+    from dataclasses import fields
+
+    from mlvicx_dist.config import PretrainConfig, load_as
+    from mlvicx_dist.plan.command import make_plan
+    from mlvicx_dist.plan.request import Request
+
+    config = load_as(PretrainConfig, options.config, options.overrides)
+    asked = {field.name: getattr(options, field.name) for field in fields(Request)}
+    plan = make_plan(config, Request(**asked))
+    return Answer(plan.document(), plan.lines())
 
 
 def _profile(options: argparse.Namespace) -> Answer:

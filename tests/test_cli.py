@@ -13,7 +13,17 @@ from mlvicx_dist import cli
 from mlvicx_dist.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["demo", "pretrain", "evaluate", "embed", "report", "export", "verify", "inspect"]
+COMMANDS = [
+    "demo",
+    "pretrain",
+    "plan",
+    "evaluate",
+    "embed",
+    "report",
+    "export",
+    "verify",
+    "inspect",
+]
 HELPS = [
     *([sys.executable, "-m", "mlvicx_dist", name, "--help"] for name in ("", *COMMANDS)),
     *([sys.executable, str(path), "--help"] for path in sorted(ROOT.glob("sharding/*.py"))),

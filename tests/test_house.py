@@ -15,7 +15,7 @@ FLOORS = [
     ("evaluate",),
     ("tune",),
     ("report",),
-    ("doctor", "export", "demo", "profile"),
+    ("plan", "doctor", "export", "demo", "profile"),
     ("cli", "__main__"),
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

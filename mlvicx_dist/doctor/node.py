@@ -23,7 +23,6 @@ from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whol
 EXCHANGE_BYTES = 2**25
 """What is all-reduced at a time: about one bucket of gradients."""
 EXCHANGES = 4
-LOADING_S = 1.0
 STEPS, CPU_ROWS = 2, 4
 """Steps that are timed, and images in each where there is no GPU."""
 PROBE_BYTES = 2**20
@@ -139,13 +138,17 @@ class Probe:
         import torch
 
         from mlvicx_dist.train.memory import check_memory
+        from mlvicx_dist.train.rates import loader_rate
+        from mlvicx_dist.train.source import open_shards
 
         torch.set_num_threads(config.workers.cpus_per_worker)
         cores = len(os.sched_getaffinity(0)) // config.workers.cpus_per_worker
         together = max(min(config.workers.num, cores), 1)
         try:
             check_memory(config, config.workers.num, node_workers=together, where="a node")
-            return {"loader": _loader_rate(config), "step": _step_rate(config)}
+            loader = loader_rate(config, open_shards(config))
+            loader *= max(config.data.loader_workers, 1)
+            return {"loader": loader, "step": _step_rate(config)}
         except UserError as error:
             return {"state": "bad", "error": str(error).rstrip(".")}
 
@@ -181,57 +184,22 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def _loader_rate(config: PretrainConfig) -> float:
-    """Images/s of one worker's loader: what one process loads, times its processes."""
-    import torch
-
-    from mlvicx_dist.train.source import open_shards, steps_of
-    from mlvicx_dist.train.step import Member
-
-    one = Member(0, config.workers.num, torch.device("cpu"))
-    steps = steps_of(config, open_shards(config), one)
-    step, count, began = 0, 0, time.perf_counter()
-    while not count or time.perf_counter() - began < LOADING_S:
-        batch = steps[step % steps.steps_per_epoch]
-        if isinstance(batch, UserError):
-            raise batch
-        step, count = step + 1, count + batch.images.shape[1]
-    return count * max(config.data.loader_workers, 1) / (time.perf_counter() - began)
-
-
 def _step_rate(config: PretrainConfig) -> float:
     """Images/s of one worker's training steps; without exchange with others."""
     import torch
 
-    from mlvicx_dist.model.mlvicx import build_model
-    from mlvicx_dist.stream.augment import PARAMETERS
-    from mlvicx_dist.stream.loader import Batch
-    from mlvicx_dist.train.optim import make_optimizer
-    from mlvicx_dist.train.step import Member, TwoViews, train_step
+    from mlvicx_dist.train.rates import training_step
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = math.ceil(config.train.batch_size / config.workers.num)
+    # Batch norm and the loss refuse a batch of one.
+    rows = max(math.ceil(config.train.batch_size / config.workers.num), 2)
     if device.type == "cpu":
         rows = min(rows, CPU_ROWS)
-    alone = config.model_copy(
-        update={"train": config.train.model_copy(update={"batch_size": rows})}
-    )
-    model = build_model(config.model.model_copy(update={"init": "random"}), 0).to(device)
-    views, optimizer = TwoViews(model), make_optimizer(model, config.train)
-    size = config.views.image_size_px
-    batch = Batch(
-        0,
-        torch.zeros(rows),
-        torch.randint(0, 255, (2, rows, 1, size, size), dtype=torch.uint8),
-        torch.ones(2, rows, len(PARAMETERS)),
-    )
-
-    def step() -> None:
-        train_step(views, optimizer, batch, 1e-6, alone, Member(0, 1, device))
-        _wait(device)
-
+    step = training_step(config, rows, device)
     step()
+    _wait(device)
     began = time.perf_counter()
     for _ in range(STEPS):
         step()
+        _wait(device)
     return STEPS * rows / (time.perf_counter() - began)

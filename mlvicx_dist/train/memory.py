@@ -12,7 +12,6 @@ takes more since it keeps what it frees (`allocator`; 11 to 22 % at 32 images of
 
 from __future__ import annotations
 
-import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlvicx_dist.config import PretrainConfig
-from mlvicx_dist.errors import ConfigError, ResourceError
-from mlvicx_dist.model.heads import fold_matrix
-from mlvicx_dist.model.mlvicx import MLVICX, build_model
+from mlvicx_dist.errors import ResourceError
+from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.session import memory_bytes
-from mlvicx_dist.train.step import TwoViews
+from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 
 PROCESS_BYTES = 600_000_000
 """What a worker's process takes with its libraries, before it trains."""
@@ -50,10 +47,7 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
     Raises:
         ConfigError: the backbone or a level does not exist, or `train.recompute` cannot be had.
     """
-    with torch.device("meta"):
-        model = build_model(config.model.model_copy(update={"init": "random"}), 0)
-    if config.train.recompute:
-        model.encoder.recompute()
+    model = shapes_of(config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in model.state_dict().values())
     # The state, and the update that the optimizer makes; DDP's buckets, which hold the gradients.
@@ -102,46 +96,19 @@ def _gigabytes(count: int) -> str:
 
 def _step_peak(model: MLVICX, config: PretrainConfig, rows: int) -> int:
     """The most that lives at once in a step beside the model, its optimizer and DDP."""
-    batch, side = config.train.batch_size, config.views.image_size_px
-    alone = rows == batch
-    # Batch norm refuses a batch of one; the group's own takes it.
-    rows = max(rows, 2)
-    # Torch logs what fails on such tensors with its whole stack; here it becomes a sentence.
-    faults = logging.getLogger("torch._subclasses.fake_tensor")
-    level = faults.level
-    faults.setLevel(logging.CRITICAL)
-    # A matrix without data must not be kept for whoever comes next, nor one with data used here.
-    fold_matrix.cache_clear()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            with _Live(model) as live:
-                # Both views' gradients of a parameter are summed before they reach it, so what the
-                # step before left there lives until the backward, and DDP's buckets beside it.
-                for parameter in model.parameters():
-                    if parameter.requires_grad and alone:
-                        parameter.grad = torch.empty_like(parameter)
-                images = torch.empty(2, rows, 1, side, side, dtype=torch.uint8)
-                views = [torch.empty(rows, config.model.channels, side, side) for _ in images]
-                with torch.autocast(
-                    "cpu", torch.bfloat16, enabled=config.train.precision == "bf16"
-                ):
-                    first, second, _ = TwoViews(model)(*views)
-                outputs = [*first.values(), *second.values()]
-                terms = torch.empty(_terms_bytes(outputs, batch), dtype=torch.uint8)
-                del terms
-                model.zero_grad(set_to_none=True)
-                torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"model.backbone {config.model.backbone}: it does not run with these settings "
-            f"({reason}); choose a convolutional backbone such as resnet18, or "
-            "larger views.image_size_px."
-        ) from None
-    finally:
-        fold_matrix.cache_clear()
-        faults.setLevel(level)
+    batch = config.train.batch_size
+    with without_data(model, config), _Live(model) as live:
+        # Both views' gradients of a parameter are summed before they reach it, so what the step
+        # before left there lives until the backward, and DDP's buckets beside it.
+        for parameter in model.parameters():
+            if parameter.requires_grad and rows == batch:
+                parameter.grad = torch.empty_like(parameter)
+        _images, views = views_of(config, rows)
+        embeddings = embed(model, config, views)
+        terms = torch.empty(_terms_bytes(embeddings, batch), dtype=torch.uint8)
+        del terms
+        model.zero_grad(set_to_none=True)
+        back(embeddings)
     return live.peak
 
 
