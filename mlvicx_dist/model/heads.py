@@ -66,7 +66,9 @@ class LocalHead(nn.Module):
             fold_matrix(side, self.settings.resize_px, self.settings.pool).to(x)
             for side in x.shape[2:]
         )
-        return rows @ x @ columns.T
+        # In the order of the memory of a map that is channels_last, as its gradient is then.
+        across = rows @ x.permute(0, 2, 3, 1).flatten(2)
+        return (columns @ across.unflatten(2, (x.shape[3], -1))).permute(0, 3, 1, 2)
 
 
 def projector(settings: ProjectorSettings, features: int) -> nn.Sequential:
