@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +169,3 @@ def _kinds(tree: Mapping[str, Any]) -> Iterator[Cluster]:
                 spot="spot" in str(config.get("InstanceMarketOptions", "")).lower()
                 or config.get("scheduling", {}).get("provisioningModel") == "SPOT",
             )
-
-
-def nodes_for(gpus: int, per_node: int) -> int:
-    """Machines that hold so many GPUs."""
-    return math.ceil(gpus / per_node)

@@ -18,8 +18,8 @@ from mlvicx_dist.train.allocator import keep_freed_memory
 from mlvicx_dist.train.rates import training_step
 
 PRODUCTS_SHARE, TF32_SHARE, MEMORY_SHARE = 0.5, 0.25, 0.7
-"""What of its data sheet a GPU reaches in products, in those in TF32 and in memory traffic: with
-these, published ResNets on an RTX 3090, a V100 and an A100 are met within 11 %."""
+"""What of its data sheet a GPU reaches in products, in those in TF32 and in memory traffic: chosen
+to meet five published rates of ResNets on an RTX 3090, a V100 and an A100, all within 11 %."""
 FEW, MEASURED_S, REPEATS = 2, 1.0, 3
 """A step on few images says how many take about so long; those are timed so often."""
 NARROW = 64

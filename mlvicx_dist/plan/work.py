@@ -161,7 +161,7 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     widths = tuple(x.shape[1] for x in embeddings)
     rest = [
-        *_photometrics(config, rows),
+        *photometric_ops(config, rows),
         *loss_ops(rows, config.train.batch_size, widths),
         Op(OPTIMIZER, 0, OPTIMIZER_PASSES[config.train.optimizer] * FLOAT_BYTES * trained),
     ]
@@ -193,8 +193,13 @@ def loss_ops(rows: int, batch: int, widths: Sequence[int]) -> list[Op]:
     return ops
 
 
-def _photometrics(config: PretrainConfig, rows: int) -> list[Op]:
-    """Jitter, blur and solarise of both views; the blur is two S x S products an image."""
+def photometric_ops(config: PretrainConfig, rows: int) -> list[Op]:
+    """Jitter, blur and solarise of both views; the blur is two S x S products an image.
+
+    Args:
+        config: The settings, of which the size and the share of blurred views count.
+        rows: Images of each view.
+    """
     side = config.views.image_size_px
     blurred = rows * sum(config.views.blur_p)
     pixels = 2 * rows * side**2

@@ -16,7 +16,9 @@ from mlvicx_dist.plan.work import (
     count_work,
     exchange_of,
     loss_ops,
+    photometric_ops,
 )
+from mlvicx_dist.stream.augment import PARAMETERS, photometrics
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.step import TwoViews
 
@@ -90,6 +92,17 @@ def test_an_optimizer_moves_as_many_bytes_as_are_assumed(optimizer):
         made.step()
     passes = sum(op.moved_bytes for op in counter.ops) / FLOAT_BYTES / (300 * 301)
     assert passes == pytest.approx(OPTIMIZER_PASSES[optimizer], rel=0.01)
+
+
+def test_the_photometrics_compute_and_move_what_their_formula_says(config):
+    settings = config(views__image_size_px=96, views__blur_p=[1.0, 1.0])
+    with Counter() as counter:
+        for _ in range(2):
+            photometrics(torch.rand(3, 1, 96, 96), torch.ones(3, len(PARAMETERS)), kernel_px=5)
+    foretold = photometric_ops(settings, 3)
+    assert sum(op.flops for op in foretold) == sum(op.flops for op in counter.ops)
+    moved = sum(op.moved_bytes for op in counter.ops)
+    assert sum(op.moved_bytes for op in foretold) == pytest.approx(moved, rel=0.1)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(48, 96), (192, 48)])
