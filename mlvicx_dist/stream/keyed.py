@@ -16,7 +16,7 @@ NOTHING = np.zeros(4, np.uint64)
 
 
 class _Generator(threading.local):
-    """One a thread, as a new one asks the system for randomness, which takes several draws' time."""
+    """One a thread: a new one asks the system for randomness, at the time of several draws."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(key=0)
