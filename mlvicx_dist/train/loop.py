@@ -248,7 +248,7 @@ def train_step(
     table = batch.table.to(member.device, non_blocking=True)
     first, second = (
         normalise(
-            photometrics(images[view] / 255, table[view], kernel_px=config.views.blur_kernel_px),
+            photometrics(images[view], table[view], kernel_px=config.views.blur_kernel_px),
             config.model.channels,
         )
         for view in (0, 1)
