@@ -8,8 +8,8 @@ the same core; `crops alone` is the loader. PIL and v2: torchvision's transforms
 parameters on PNG files, in RGB. lightly: its VICReg view with these parameters; its resize is
 bilinear and its blur Pillow's. webdataset: the same shards, shuffled and batched; with
 torchvision's functions, as its users write it, the same work in grey; with our functions decode,
-crops and photometrics are ours, and the stream is all that differs. Bare: Pillow's decode and
-resize of bytes in memory at the very crops that ours takes. All by turns; medians.
+crops and photometrics are ours, and the stream is all that differs. Bare: decode of bytes in memory
+and resize by the libraries that ours calls, at the very crops that it takes. All by turns; medians.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import imagecodecs
 import numpy as np
 import torch
 import webdataset
@@ -34,8 +35,7 @@ from PIL import Image
 from table import Row, by_turns, main, seconds
 from torch.utils.data import default_collate
 from torchvision import transforms
-from torchvision.io import ImageReadMode
-from torchvision.io import decode_image as decode_tensor
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from mlvicx_dist.config import PretrainConfig, load_as
@@ -43,7 +43,7 @@ from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.pixels import Format
 from mlvicx_dist.ingest.record import Record
 from mlvicx_dist.ingest.shard_task import PackSettings
-from mlvicx_dist.ingest.shards import decode_image
+from mlvicx_dist.ingest.shards import decode_image as decode_stored
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.model.encoder import NORMALISATION, normalise
@@ -59,6 +59,20 @@ SETTINGS = load_as(
 )
 VIEWS, SIZE = SETTINGS.views, SETTINGS.views.image_size_px
 Run = Callable[[], object]
+COMPARED: list[tuple[str, str, float | None]] = [
+    ("512-px shards", "PIL from 1024-px PNG", 8.0),
+    ("256-px shards", "PIL from 1024-px PNG", 18.0),
+    ("1024-px PNG shards", "PIL from 1024-px PNG", None),
+    ("512-px shards", "v2 from 1024-px PNG", None),
+    ("512-px shards", "lightly from 1024-px PNG", None),
+    ("512-px shards", "webdataset, torchvision's functions, 512-px", 1.5),
+    ("256-px shards", "webdataset, torchvision's functions, 256-px", 1.5),
+    ("512-px shards", "webdataset, our functions, 512-px", None),
+    ("256-px shards", "webdataset, our functions, 256-px", None),
+    ("512-px shards, crops alone", "bare decode and two crops, 512-px", 0.8),
+    ("256-px shards, crops alone", "bare decode and two crops, 256-px", 0.8),
+    ("1024-px PNG shards, crops alone", "bare decode and two crops, 1024-px PNG", None),
+]
 
 
 def ours(folder: Path, *, photometric: bool = True) -> Run:
@@ -76,24 +90,24 @@ def ours(folder: Path, *, photometric: bool = True) -> Run:
 def on_device(images: torch.Tensor, table: torch.Tensor) -> None:
     """What a training step does with both views before the model."""
     for view in (0, 1):
-        shown = photometrics(images[view] / 255, table[view], kernel_px=VIEWS.blur_kernel_px)
+        shown = photometrics(images[view], table[view], kernel_px=VIEWS.blur_kernel_px)
         normalise(shown, SETTINGS.model.channels)
 
 
-def bare(folder: Path) -> Run:
+def bare(folder: Path, suffix: str, decode: Callable[[bytes], np.ndarray]) -> Run:
     """The library calls of the crops of our first epoch."""
     tasks = []
     for number, sample in enumerate(stream(folder, shuffle=False)):
-        height, width = decode_image(sample["jpg"]).shape
+        height, width = decode(sample[suffix]).shape
         draw = partial(keyed.uniform, seed=0, epoch=0, purpose=keyed.VIEWS, item=number)
         draws = [draw(4 * CROP_TRIES, part=view) for view in (0, 1)]
-        tasks.append((sample["jpg"], [crop_box(height, width, VIEWS, each) for each in draws]))
+        tasks.append((sample[suffix], [crop_box(height, width, VIEWS, each) for each in draws]))
 
     def run() -> None:
         for data, boxes in tasks:
-            with Image.open(io.BytesIO(data)) as image:
-                for box in boxes:
-                    np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
+            image = Image.fromarray(decode(data))
+            for box in boxes:
+                np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
     return run
 
@@ -109,7 +123,7 @@ def with_our_functions(folder: Path) -> None:
     numbers = count()
 
     def views(sample: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
-        return two_views(decode_image(sample["jpg"]), VIEWS, seed=0, epoch=0, sample=next(numbers))
+        return two_views(decode_stored(sample["jpg"]), VIEWS, seed=0, epoch=0, sample=next(numbers))
 
     for images, table in stream(folder).map(views).batched(BATCH):
         on_device(torch.from_numpy(images).transpose(0, 1), torch.from_numpy(table).transpose(0, 1))
@@ -123,21 +137,12 @@ def with_torchvision(folder: Path) -> None:
         pass
 
 
-def from_files(paths: list[Path], read: Callable[[Path], Any], views: list[Any]) -> None:
+def from_files(paths: list[Path], read: Callable[[Path], Any], make: Callable[[int], Any]) -> None:
     """An epoch of image files, collated as PyTorch's loader does."""
+    views = [make(view) for view in (0, 1)]
     for start in range(0, len(paths), BATCH):
         images = map(read, paths[start : start + BATCH])
         default_collate([[view(image) for view in views] for image in images])
-
-
-def pillow(path: Path) -> Any:
-    """An image by Pillow."""
-    return Image.open(path).convert("RGB")
-
-
-def tensor(path: Path) -> Any:
-    """An image by torchvision."""
-    return decode_tensor(str(path), ImageReadMode.RGB)
 
 
 def torchvision_view(view: int, *, channels: int = 3, tv: Any = transforms) -> Any:
@@ -177,11 +182,11 @@ def lightly_view(view: int) -> Any:
     )
 
 
-def packed(paths: list[Path], out: Path, short_side_px: int, format: Format) -> Path:
-    """Shards that hold each file several times."""
+def packed(paths: list[Path], out: Path, short_side_px: int, format: Format, turns: int) -> Path:
+    """Shards that hold each file `turns` times."""
     records = [
         Record(source="b", image_id=name, path=str(path), patient_id=name, labels={})
-        for turn in range(TURNS)
+        for turn in range(turns)
         for path in paths
         for name in [f"{turn}/{path.name}"]
     ]
@@ -195,26 +200,30 @@ def contenders(folder: Path) -> dict[str, Callable[[], float]]:
     """Measurements by name, on files that are made in `folder`."""
     write_phantoms(folder / "files", FILES, size_px=1024, dicom_fraction=0.0)
     paths = sorted((folder / "files").rglob("*.png"))
-    files: dict[str, Run] = {
-        f"{name} from 1024-px PNG": partial(from_files, paths, read, [view(0), view(1)])
-        for name, read, view in (
-            ("PIL", pillow, torchvision_view),
-            ("v2", tensor, partial(torchvision_view, tv=v2)),
-            ("lightly", pillow, lightly_view),
-        )
+    from_pillow = partial(from_files, paths, lambda path: Image.open(path).convert("RGB"))
+    from_tensors = partial(from_files, paths, lambda path: decode_image(path, ImageReadMode.RGB))
+    whole = packed(paths, folder / "1024", 1024, "png8", 1)
+    by_pillow = bare(whole, "png", lambda data: np.asarray(Image.open(io.BytesIO(data))))
+    once: dict[str, Run] = {
+        "PIL from 1024-px PNG": partial(from_pillow, torchvision_view),
+        "v2 from 1024-px PNG": partial(from_tensors, partial(torchvision_view, tv=v2)),
+        "lightly from 1024-px PNG": partial(from_pillow, lightly_view),
+        "1024-px PNG shards": ours(whole),
+        "1024-px PNG shards, crops alone": ours(whole, photometric=False),
+        "bare decode and two crops, 1024-px PNG": by_pillow,
     }
-    shards = {"1024-px PNG shards": ours(packed(paths, folder / "1024", 1024, "png8"))}
+    often: dict[str, Run] = {}
     for size in (512, 256):
-        here = packed(paths, folder / str(size), size, "jpeg")
-        shards |= {
-            f"{size}-px shards": ours(here),
-            f"webdataset, torchvision's functions, {size} px": partial(with_torchvision, here),
-            f"webdataset, our functions, {size} px": partial(with_our_functions, here),
-            f"{size}-px shards, crops alone": ours(here, photometric=False),
-            f"bare decode and two crops, {size} px": bare(here),
+        small = packed(paths, folder / str(size), size, "jpeg", TURNS)
+        often |= {
+            f"{size}-px shards": ours(small),
+            f"webdataset, torchvision's functions, {size}-px": partial(with_torchvision, small),
+            f"webdataset, our functions, {size}-px": partial(with_our_functions, small),
+            f"{size}-px shards, crops alone": ours(small, photometric=False),
+            f"bare decode and two crops, {size}-px": bare(small, "jpg", imagecodecs.jpeg8_decode),
         }
-    pairs = [(FILES, *item) for item in files.items()]
-    pairs += [(FILES * TURNS, *item) for item in shards.items()]
+    pairs = [(FILES, *item) for item in once.items()]
+    pairs += [(FILES * TURNS, *item) for item in often.items()]
     return {name: partial(rate, number, run) for number, name, run in pairs}
 
 
@@ -229,23 +238,9 @@ def measure() -> list[Row]:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rates = by_turns(contenders(Path(folder)), rounds=ROUNDS)
-    compared: list[tuple[str, str, float | None]] = [
-        ("512-px shards", "PIL from 1024-px PNG", 8.0),
-        ("256-px shards", "PIL from 1024-px PNG", 18.0),
-        ("1024-px PNG shards", "PIL from 1024-px PNG", None),
-        ("512-px shards", "v2 from 1024-px PNG", None),
-        ("512-px shards", "lightly from 1024-px PNG", None),
-    ]
-    for size in (512, 256):
-        whole, alone = f"{size}-px shards", f"{size}-px shards, crops alone"
-        compared += [
-            (whole, f"webdataset, torchvision's functions, {size} px", 1.5),
-            (whole, f"webdataset, our functions, {size} px", None),
-            (alone, f"bare decode and two crops, {size} px", 0.8),
-        ]
     return [
         Row(f"{mine}, against {other}", rates[mine], rates[other], "pairs/s", limit)
-        for mine, other, limit in compared
+        for mine, other, limit in COMPARED
     ]
 
 

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from webdataset import TarWriter
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.grey_jpeg import decode_grey_jpeg
 from mlvicx_dist.storage import Place, becoming, place, reaching, read_bytes, told, write_whole
 
 FORMAT = 1
@@ -245,6 +246,9 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         DataError: it cannot be decoded, or is larger than any radiograph.
     """
+    grey = decode_grey_jpeg(data, most_pixels=MAX_PIXELS)
+    if grey is not None:
+        return grey
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -44,7 +44,7 @@ def normalise(images: torch.Tensor, channels: int) -> torch.Tensor:
     if images.shape[1] == 3 and channels == 1:
         images = images.mean(1, keepdim=True)
     mean, std = (images.new_tensor(v)[:, None, None] for v in NORMALISATION[channels])
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 class Encoder(nn.Module):

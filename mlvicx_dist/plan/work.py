@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.stream.augment import blur_reaches
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 """Operations that move nothing."""
 OPTIMIZER_PASSES = {"lars": 15, "adamw": 21}
 """How often a step of an optimizer reads or writes as much as all trained parameters."""
-PHOTOMETRIC_PASSES = 30
+PHOTOMETRIC_PASSES, BLUR_PASSES = 29, 12
 """How often the photometrics read or write as much as a view in float32."""
 LOSS_PASSES = 34
 """How often the terms of the loss read or write as much as the embeddings in float32."""
@@ -194,7 +195,7 @@ def loss_ops(rows: int, batch: int, widths: Sequence[int]) -> list[Op]:
 
 
 def photometric_ops(config: PretrainConfig, rows: int) -> list[Op]:
-    """Jitter, blur and solarise of both views; the blur is two S x S products an image.
+    """Jitter, blur and solarise of both views; the blur is two banded products an image.
 
     Args:
         config: The settings, of which the size and the share of blurred views count.
@@ -203,9 +204,13 @@ def photometric_ops(config: PretrainConfig, rows: int) -> list[Op]:
     side = config.views.image_size_px
     blurred = rows * sum(config.views.blur_p)
     pixels = 2 * rows * side**2
+    band = sum(
+        (place.stop - place.start) * (reach.stop - reach.start)
+        for place, reach in blur_reaches(side, config.views.blur_kernel_px)
+    )
     return [
         Op("mul", 0, PHOTOMETRIC_PASSES * FLOAT_BYTES * pixels),
-        Op("bmm", blurred * 4.0 * side**3, blurred * 6.0 * FLOAT_BYTES * side**2),
+        Op("bmm", blurred * 4.0 * side * band, blurred * BLUR_PASSES * FLOAT_BYTES * side**2),
     ]
 
 

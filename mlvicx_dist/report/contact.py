@@ -81,8 +81,9 @@ def _marked(
 
 def _views(image: np.ndarray, views: Views, seed: int, sample: int) -> list[np.ndarray]:
     crops, table = two_views(image, views, seed=seed, epoch=0, sample=sample)
-    scaled = torch.from_numpy(crops) / 255
-    seen = photometrics(scaled, torch.from_numpy(table), kernel_px=views.blur_kernel_px)
+    seen = photometrics(
+        torch.from_numpy(crops), torch.from_numpy(table), kernel_px=views.blur_kernel_px
+    )
     return list((seen[:, 0] * 255).round().byte().numpy())
 
 

@@ -99,7 +99,7 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
     """Brightness, contrast, blur and solarise, each with its image's own parameters.
 
     Args:
-        images: Grey views in [0, 1], float [B, 1, S, S].
+        images: Grey views, uint8, or float in [0, 1], [B, 1, S, S].
         table: Photometric table, float32 [B, 6], on the host: which images are blurred or
             solarised is then known without waiting for the device.
         kernel_px: Width of the blur kernel, odd.
@@ -107,12 +107,14 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
     Returns:
         Views in [0, 1], float [B, 1, S, S].
     """
+    # A copy that is changed in place: new memory costs more than arithmetic.
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
     jitter = table[:, :4, None, None, None].to(images, non_blocking=True)
     factor1, contrast1, factor2, contrast2 = jitter.unbind(1)
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
-        mean = images.mean((2, 3), keepdim=True)
         # Contrast blends with the image's mean, brightness with black.
-        images = (factor * images).add_((1 - factor) * contrast * mean).clamp_(0, 1)
+        other = (1 - factor) * contrast * images.mean((2, 3), keepdim=True)
+        images.mul_(factor).add_(other).clamp_(0, 1)
     images = blur(images, table[:, 4], kernel_px=kernel_px)
     chosen = table[:, 5].nonzero().flatten().to(images.device)
     bright = images[chosen]
@@ -120,10 +122,10 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
 
 
 def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> torch.Tensor:
-    """Gaussian blur with a width for each image (0: none) and mirrored borders.
+    """Gaussian blur with a width for each image (0: none) and mirrored borders, in place.
 
     As a matrix product a side: the kernels, borders included, are banded S x S matrices, of which
-    only the bands are multiplied.
+    blocks of rows are multiplied with what they reach.
 
     Args:
         images: [B, 1, S, S].
@@ -131,27 +133,25 @@ def blur(images: torch.Tensor, sigma_px: torch.Tensor, *, kernel_px: int) -> tor
         kernel_px: Width of the kernel, odd.
 
     Returns:
-        [B, 1, S, S].
+        `images`.
     """
     chosen = sigma_px.nonzero().flatten()
     if not len(chosen):
         return images
-    size, half = images.shape[-1], kernel_px // 2
-    matrix = _blur_matrix(sigma_px[chosen].to(images), size, kernel_px)
-    chosen = chosen.to(images.device)
-    bands = [
-        (slice(a, a + BLOCK_PX), slice(max(a - half, 0), a + BLOCK_PX + half))
-        for a in range(0, size, BLOCK_PX)
-    ]
-    picked = images[chosen, 0]
-    rows = torch.cat([matrix[:, block, band] @ picked[:, band] for block, band in bands], 1)
-    blurred = [rows[:, :, band] @ matrix[:, block, band].transpose(1, 2) for block, band in bands]
-    whole = torch.cat(blurred, 2).unsqueeze(1)
-    return whole if len(chosen) == len(images) else images.index_copy(0, chosen, whole)
+    some = len(chosen) < len(images)
+    sigmas, chosen = sigma_px[chosen].to(images), chosen.to(images.device)
+    picked = images[chosen, 0] if some else images[:, 0]
+    blocks = _blur_blocks(sigmas, images.shape[-1], kernel_px)
+    rows = torch.cat([block @ picked[:, reach] for _, reach, block in blocks], 1)
+    for place, reach, block in blocks:
+        picked[:, :, place] = rows[:, :, reach] @ block.transpose(1, 2)
+    return images.index_copy_(0, chosen, picked.unsqueeze(1)) if some else images
 
 
-def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Tensor:
-    """The blur along one side as a matrix, [B, size, size]."""
+def _blur_blocks(
+    sigma_px: torch.Tensor, size: int, kernel_px: int
+) -> list[tuple[slice, slice, torch.Tensor]]:
+    """The blur along one side: blocks of rows, what they reach, and their [B, rows, reach]."""
     half = kernel_px // 2
     offsets = torch.arange(-half, half + 1, device=sigma_px.device, dtype=sigma_px.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma_px[:, None]) ** 2)
@@ -160,6 +160,23 @@ def _blur_matrix(sigma_px: torch.Tensor, size: int, kernel_px: int) -> torch.Ten
     # Mirror without repeating the border pixel, over a period of 2 (size - 1).
     source = (rows[:, None] + offsets.long()) % (2 * (size - 1))
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    matrix = kernel.new_zeros(len(sigma_px), size, size)
-    index = source.expand(len(sigma_px), -1, -1)
-    return matrix.scatter_add_(2, index, kernel[:, None].expand(-1, size, -1).contiguous())
+    starts = (rows - rows % BLOCK_PX - half).clamp(min=0)
+    index = (source - starts[:, None]).expand(len(sigma_px), -1, -1)
+    matrix = kernel.new_zeros(len(sigma_px), size, BLOCK_PX + 2 * half)
+    matrix.scatter_add_(2, index, kernel[:, None].expand(-1, size, -1).contiguous())
+    return [
+        (place, reach, matrix[:, place, : reach.stop - reach.start])
+        for place, reach in blur_reaches(size, kernel_px)
+    ]
+
+
+def blur_reaches(size: int, kernel_px: int) -> list[tuple[slice, slice]]:
+    """Blocks of the rows of a blur, and the rows that each is computed from."""
+    half = kernel_px // 2
+    return [
+        (
+            slice(first, min(first + BLOCK_PX, size)),
+            slice(max(first - half, 0), min(first + BLOCK_PX + half, size)),
+        )
+        for first in range(0, size, BLOCK_PX)
+    ]

@@ -115,7 +115,7 @@ def train_step(
     with part("augment"):
         kernel_px, channels = config.views.blur_kernel_px, config.model.channels
         first, second = (
-            normalise(photometrics(view / 255, values, kernel_px=kernel_px), channels)
+            normalise(photometrics(view, values, kernel_px=kernel_px), channels)
             for view, values in zip(images, batch.table, strict=True)
         )
     precision = torch.autocast(

@@ -112,6 +112,16 @@ def test_photometrics_equal_torchvisions_one_image_at_a_time(size):
         assert torch.allclose(ours_image, plain, atol=1e-6)
 
 
+def test_photometrics_take_bytes_and_leave_them():
+    x = torch.randint(256, (4, 1, 40, 40), dtype=torch.uint8)
+    table = torch.tensor([[1.3, 0, 0.7, 1, sigma, 1] for sigma in (0.0, 0.5, 1.0, 2.0)])
+    before, floats = x.clone(), x / 255
+    found = photometrics(x, table, kernel_px=9)
+    assert torch.equal(found, photometrics(floats, table, kernel_px=9))
+    assert torch.equal(x, before)
+    assert torch.equal(floats, before / 255)
+
+
 def test_no_blur_leaves_every_bit():
     x = torch.rand(3, 1, 16, 16)
     assert torch.equal(blur(x, torch.zeros(3), kernel_px=5), x)
