@@ -26,7 +26,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 OPTIMIZER_PASSES = {"lars": 15, "adamw": 21}
 """How often a step of an optimizer reads or writes as much as all trained parameters."""
 PHOTOMETRIC_PASSES, BLUR_PASSES = 29, 12
-"""How often the photometrics read or write as much as a view in float32."""
+"""How often the photometrics, and the blur of a view, read or write as much as it in float32."""
 LOSS_PASSES = 34
 """How often the terms of the loss read or write as much as the embeddings in float32."""
 REST_OPS = 350
