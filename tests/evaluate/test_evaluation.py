@@ -1,5 +1,6 @@
 """Evaluation from a run's folder to its JSON, and the page that shows it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from mlvicx_dist.config import EvaluateConfig, parse_config
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
+from mlvicx_dist.evaluate.summary import summary
 
 
 def settings(**changes):
@@ -46,6 +48,44 @@ def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
     mean = np.mean([result["probe"]["pretrained"][c]["value"] for c in "ab"])
     assert result["probe"]["pretrained"]["mean"]["value"] == pytest.approx(mean)
     json.dumps(result)
+
+
+def test_precision_calibration_and_delong_stand_beside_auroc(embeddings):
+    result = evaluate(embeddings, settings())
+    seeing, blind = (result["auprc"][kind] for kind in ("pretrained", "untrained"))
+    assert seeing["a"]["low"] > blind["a"]["high"] > result["shares"]["a"]
+    assert result["auprc"]["difference"]["a"]["low"] > 0.1
+    assert result["delong"]["a"] < 1e-6 < 0.01 < result["delong"]["b"]
+    errors = result["calibration"]
+    assert errors["pretrained"]["a"]["brier"] < 0.23 < errors["untrained"]["a"]["brier"] < 0.35
+    mean = np.mean([errors["pretrained"][c]["ece"] for c in "ab"])
+    assert errors["pretrained"]["mean"]["ece"] == pytest.approx(mean)
+    assert 0 < mean < 0.5
+
+
+def test_draws_without_a_positive_are_counted(embeddings):
+    labels = embeddings.labels.copy()
+    labels[200:, 1] = 0
+    labels[200:202, 1] = 1
+    few = dataclasses.replace(embeddings, labels=labels)
+    result = evaluate(few, settings())
+    # No draw of 100 patients holds either of two: 0.98 ** 100 = 0.133.
+    assert 10 < result["undefined_draws"]["b"] < 50
+    assert "a" not in result["undefined_draws"]
+    assert any("b: " in line and "draws" in line for line in summary(result))
+
+
+def test_an_embedding_that_is_no_number_is_an_error(embeddings):
+    embeddings.features[1][7, 2] = np.nan
+    with pytest.raises(DataError, match="untrained encoder's embeddings of 1 of 300 images"):
+        evaluate(embeddings, settings())
+
+
+def test_the_summary_fits_on_100_columns(embeddings):
+    renamed = dataclasses.replace(embeddings, classes=("a" * 40, "Pleural_Thickening", "c"))
+    lines = summary(evaluate(renamed, settings()))
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("Pleural_Thickening ") for line in lines)
 
 
 def test_the_test_images_choose_nothing(embeddings):

@@ -1,0 +1,94 @@
+"""The result of an evaluation as text of at most 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+WIDTH = 100
+NAME = 18
+"""Columns of a name; a longer one is cut."""
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """The result as tables in lines of text."""
+    confidence = result["settings"]["bootstrap"]["confidence"]
+    test = result["splits"][result["settings"]["data"]["test"]]
+    knn = {kind: result["knn"][kind]["mean"]["value"] for kind in ("pretrained", "untrained")}
+    return [
+        f"Linear probe, AUROC on {test['images']} images of {test['patients']} patients; "
+        f"{confidence:.0%} intervals over patients.",
+        *_areas(result),
+        "Average precision (AUPRC), and the pretrained encoder's calibration; p is DeLong's,",
+        "of equal AUROC, which takes each image for a patient.",
+        *_precision(result),
+        f"Nearest neighbours, mean AUROC: {knn['pretrained']:.3f} pretrained, "
+        f"{knn['untrained']:.3f} untrained.",
+        *_notes(result),
+    ]
+
+
+def _areas(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{'class':{NAME}} {'positives':>9} {'pretrained':>20}  {'untrained':>20}"
+        f"  {'difference':>23}"
+    ]
+    for name in [*result["classes"], "mean"]:
+        cells = compared(result["probe"], name)
+        lines.append(f"{cut(name)} {result['positives'].get(name, ''):>9} {cells}")
+    return lines
+
+
+def _precision(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{'class':{NAME}} {'positives':>9} {'pretrained':>20}  {'untrained':>20}"
+        f"  {'ECE':>5}  {'Brier':>5}  {'p':>6}"
+    ]
+    shares = result["shares"]
+    for name in [*result["classes"], "mean"]:
+        share = f"{shares[name]:.1%}" if name in shares else ""
+        areas = "  ".join(cell(result["auprc"][kind][name]) for kind in ("pretrained", "untrained"))
+        errors = result["calibration"]["pretrained"][name]
+        p = result["delong"].get(name)
+        lines.append(
+            f"{cut(name)} {share:>9} {areas}  {errors['ece']:5.3f}  {errors['brier']:5.3f}"
+            + ("" if p is None else f"  {p:6.4f}")
+        )
+    return lines
+
+
+def compared(by_encoder: Mapping[str, Any], name: str) -> str:
+    """The areas of both encoders and their difference, in 67 columns."""
+    cells = [cell(by_encoder[kind][name]) for kind in ("pretrained", "untrained")]
+    difference = by_encoder["difference"][name]
+    return "  ".join([*cells, "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)])
+
+
+def cell(area: Mapping[str, float]) -> str:
+    """A value with its interval, in 20 columns."""
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**area)
+
+
+def cut(name: str) -> str:
+    """A name in as many columns as there are for it."""
+    return f"{name if len(name) <= NAME else name[: NAME - 1] + '…':{NAME}}"
+
+
+def wrapped(text: str) -> list[str]:
+    """A sentence in lines that fit."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """What no figure speaks of, by name."""
+    draws = result["settings"]["bootstrap"]["draws"]
+    lines = []
+    for name, count in result["undefined_draws"].items():
+        lines += wrapped(
+            f"{name}: {count} of {draws} draws of patients held one label value only; its "
+            "intervals speak of the others."
+        )
+    for name, why in result["left_out"].items():
+        lines += wrapped(f"Left out: {name} ({why}).")
+    return lines
