@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlvicx_dist.config.base import Count, Name, Positive, Settings
 
@@ -17,6 +17,12 @@ class EvaluateData(Settings):
     val: str = "val"
     test: str = "test"
     loader_workers: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _unseen(self) -> EvaluateData:
+        if self.test in (self.train, self.val):
+            raise ValueError("test must be a split of its own: its images choose nothing")
+        return self
 
 
 class Embedding(Settings):
@@ -62,3 +68,13 @@ class EvaluateConfig(Settings):
     probe: Probe = Probe()
     knn: Knn = Knn()
     bootstrap: Bootstrap = Bootstrap()
+    subgroups: bool = True
+    """Whether sexes, views and age bands are judged each by itself."""
+    age_bands: list[Annotated[int, Field(ge=1, le=89)]] = Field(default=[18, 40, 65])
+    """The ages in years at which a band begins, after the first."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> EvaluateConfig:
+        if sorted(set(self.age_bands)) != self.age_bands:
+            raise ValueError("age_bands must rise")
+        return self

@@ -42,6 +42,10 @@ class Embeddings:
         """Which images are in a split, bool [n]."""
         return np.array([one["split"] == split for one in self.about], dtype=bool)
 
+    def about_of(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """What is known of the images of chosen rows, bool [n]."""
+        return [self.about[place] for place in np.flatnonzero(rows)]
+
     def patients(self) -> np.ndarray:
         """The patient of each image: source and key, since two sources may share keys."""
         return np.array([f"{one['source']}/{one['patient']}" for one in self.about])

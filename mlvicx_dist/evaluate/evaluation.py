@@ -23,6 +23,7 @@ from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
+from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import untrained
 from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_seed
@@ -115,6 +116,11 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
         "auprc": judged["auprc"],
         "undefined_draws": judged["undefined_draws"],
         "knn": compare(knn, test_labels, patients, kept, settings.bootstrap)["auroc"],
+        "subgroups": subgroups(
+            probe, test_labels, patients, embeddings.about_of(parts.test.rows), kept, settings
+        )
+        if settings.subgroups
+        else {},
         "delong": {
             c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k])
             for k, c in enumerate(kept)

@@ -95,15 +95,21 @@ def class_names(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str]
 
 
 def usable_classes(
-    names: Sequence[str], labels: Mapping[str, np.ndarray]
+    names: Sequence[str], labels: Mapping[str, np.ndarray], *, within: str = "split"
 ) -> tuple[list[str], dict[str, str]]:
-    """The classes with both labels in every split, and why the others are left out."""
+    """The classes with both labels in every split, and why the others are left out.
+
+    Args:
+        names: The classes.
+        labels: By split, [n, K], 0, 1 or NaN.
+        within: What the parts are called.
+    """
     left_out = {}
     for k, name in enumerate(names):
         for split, values in labels.items():
             known = values[:, k][~np.isnan(values[:, k])]
             if len(np.unique(known)) < 2:
                 found = f"only {known[0]:g}" if len(known) else "no label"
-                left_out[name] = f"{found} for {name} in the split {split}"
+                left_out[name] = f"{found} for {name} in the {within} {split}"
                 break
     return [name for name in names if name not in left_out], left_out

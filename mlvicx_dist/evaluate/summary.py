@@ -25,6 +25,7 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         *_precision(result),
         f"Nearest neighbours, mean AUROC: {knn['pretrained']:.3f} pretrained, "
         f"{knn['untrained']:.3f} untrained.",
+        *_subgroups(result),
         *_notes(result),
     ]
 
@@ -55,6 +56,28 @@ def _precision(result: Mapping[str, Any]) -> list[str]:
             f"{cut(name)} {share:>9} {areas}  {errors['ece']:5.3f}  {errors['brier']:5.3f}"
             + ("" if p is None else f"  {p:6.4f}")
         )
+    return lines
+
+
+def _subgroups(result: Mapping[str, Any]) -> list[str]:
+    """Means of the subgroups, and which classes they are not about."""
+    groups = result["subgroups"]
+    if not groups:
+        return []
+    lines = [
+        "Subgroups, mean AUROC; * without classes that it cannot judge, named below.",
+        f"{'subgroup':{NAME}} {'images':>9} {'pretrained':>20}  {'untrained':>20}"
+        f"  {'difference':>23}",
+    ]
+    for name, one in groups.items():
+        cells = compared(one, "mean") if "difference" in one else "no class with both labels"
+        marked = f"{name} *" if one["left_out"] else name
+        lines.append(f"{cut(marked)} {one['images']:>9} {cells}")
+    for name, one in groups.items():
+        if not one["images"]:
+            lines.append(f"{name}: no image.")
+        elif one["left_out"]:
+            lines += wrapped(f"Left out of {name}: {', '.join(one['left_out'])}.")
     return lines
 
 

@@ -63,6 +63,11 @@ def test_precision_calibration_and_delong_stand_beside_auroc(embeddings):
     assert 0 < mean < 0.5
 
 
+def test_a_test_split_that_chooses_is_refused():
+    with pytest.raises(ConfigError, match="test must be a split of its own"):
+        settings(data={"shards": ["x"], "val": "test"})
+
+
 def test_draws_without_a_positive_are_counted(embeddings):
     labels = embeddings.labels.copy()
     labels[200:, 1] = 0
@@ -83,7 +88,11 @@ def test_an_embedding_that_is_no_number_is_an_error(embeddings):
 
 def test_the_summary_fits_on_100_columns(embeddings):
     renamed = dataclasses.replace(embeddings, classes=("a" * 40, "Pleural_Thickening", "c"))
+    for place, one in enumerate(renamed.about):
+        one |= {"sex": "FM"[place % 2], "age": place % 60, "view": "PA"}
     lines = summary(evaluate(renamed, settings()))
+    assert any(line.startswith("age 40-64 ") for line in lines)
+    assert "view AP: no image." in lines
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("Pleural_Thickening ") for line in lines)
 
