@@ -56,6 +56,16 @@ class Bootstrap(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class FewLabels(Settings):
+    """Probes that learn from a share of the training patients."""
+
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.01, 0.05, 0.1, 0.3, 1.0], min_length=1
+    )
+    draws: Annotated[int, Field(ge=5)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class EvaluateConfig(Settings):
     """`kind: evaluate`."""
 
@@ -72,6 +82,8 @@ class EvaluateConfig(Settings):
     """Whether sexes, views and age bands are judged each by itself."""
     age_bands: list[Annotated[int, Field(ge=1, le=89)]] = Field(default=[18, 40, 65])
     """The ages in years at which a band begins, after the first."""
+    few_labels: FewLabels | None = None
+    """None: none; `{}`: with the defaults, which cost three times the probe's time again."""
 
     @model_validator(mode="after")
     def _rising(self) -> EvaluateConfig:

@@ -19,6 +19,7 @@ from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
+from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
@@ -79,7 +80,8 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
             it must.
         ConfigError: a class does not exist.
     """
-    for name, features in zip(ENCODERS, embeddings.features, strict=True):
+    by_encoder = dict(zip(ENCODERS, embeddings.features, strict=True))
+    for name, features in by_encoder.items():
         if broken := int((~np.isfinite(features)).any(1).sum()):
             raise DataError(
                 f"the {name} encoder's embeddings of {broken} of {len(features)} images are not "
@@ -89,7 +91,7 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
     probe: dict[str, np.ndarray] = {}
     knn: dict[str, np.ndarray] = {}
     penalties = {}
-    for name, features in zip(ENCODERS, embeddings.features, strict=True):
+    for name, features in by_encoder.items():
         train, val, test = (features[part.rows] for part in (parts.train, parts.val, parts.test))
         fitted = fit_probe(
             train, parts.train.labels, validation=(val, parts.val.labels), settings=settings.probe
@@ -121,6 +123,9 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
         )
         if settings.subgroups
         else {},
+        "few_labels": few_labels(by_encoder, parts, settings, settings.few_labels)
+        if settings.few_labels
+        else [],
         "delong": {
             c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k])
             for k, c in enumerate(kept)

@@ -25,6 +25,7 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         *_precision(result),
         f"Nearest neighbours, mean AUROC: {knn['pretrained']:.3f} pretrained, "
         f"{knn['untrained']:.3f} untrained.",
+        *_few_labels(result),
         *_subgroups(result),
         *_notes(result),
     ]
@@ -59,6 +60,27 @@ def _precision(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _few_labels(result: Mapping[str, Any]) -> list[str]:
+    """Means at each share of the training patients, and which classes they are not about."""
+    shares = result["few_labels"]
+    if not shares:
+        return []
+    lines = [
+        "Few labels, mean AUROC; intervals over draws and patients; * without classes named below.",
+        f"{'patients':{NAME}} {'draws':>9} {'pretrained':>20}  {'untrained':>20}"
+        f"  {'difference':>23}",
+    ]
+    for one in shares:
+        cells = compared(one, None) if "difference" in one else "no class with both labels"
+        mark = " *" if one["left_out"] else ""
+        name = f"{one['fraction']:.1%}, {one['patients']}{mark}"
+        lines.append(f"{cut(name)} {len(one['images']):>9} {cells}")
+    for one in shares:
+        if one["left_out"]:
+            lines += wrapped(f"Left out at {one['fraction']:.1%}: {', '.join(one['left_out'])}.")
+    return lines
+
+
 def _subgroups(result: Mapping[str, Any]) -> list[str]:
     """Means of the subgroups, and which classes they are not about."""
     groups = result["subgroups"]
@@ -81,10 +103,13 @@ def _subgroups(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def compared(by_encoder: Mapping[str, Any], name: str) -> str:
-    """The areas of both encoders and their difference, in 67 columns."""
-    cells = [cell(by_encoder[kind][name]) for kind in ("pretrained", "untrained")]
-    difference = by_encoder["difference"][name]
+def compared(by_encoder: Mapping[str, Any], name: str | None) -> str:
+    """The areas of both encoders and their difference, in 67 columns; of a class where named."""
+    first, second, difference = (
+        by_encoder[kind] if name is None else by_encoder[kind][name]
+        for kind in ("pretrained", "untrained", "difference")
+    )
+    cells = [cell(first), cell(second)]
     return "  ".join([*cells, "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)])
 
 

@@ -90,7 +90,9 @@ def test_the_summary_fits_on_100_columns(embeddings):
     renamed = dataclasses.replace(embeddings, classes=("a" * 40, "Pleural_Thickening", "c"))
     for place, one in enumerate(renamed.about):
         one |= {"sex": "FM"[place % 2], "age": place % 60, "view": "PA"}
-    lines = summary(evaluate(renamed, settings()))
+    lines = summary(evaluate(renamed, settings(few_labels={"fractions": [0.01, 0.5, 1.0]})))
+    assert any(line.startswith("50.0%, 75 ") for line in lines)
+    assert any(line.startswith("Left out at 1.0%: ") for line in lines)
     assert any(line.startswith("age 40-64 ") for line in lines)
     assert "view AP: no image." in lines
     assert max(map(len, lines)) <= 100
