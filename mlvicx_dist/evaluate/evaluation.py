@@ -1,4 +1,4 @@
-"""A frozen encoder beside the same encoder untrained, on patients that neither probe has seen.
+"""A frozen encoder beside the same encoder untrained and raw pixels, on patients no probe has seen.
 
 The probe learns on the training split, its penalty is chosen on the validation split, and the test
 split is looked at once. Intervals resample patients; the difference of the two encoders is paired.
@@ -23,7 +23,8 @@ from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
-from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
+from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for
+from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import untrained
 from mlvicx_dist.storage import write_whole
@@ -50,9 +51,8 @@ def evaluate_checkpoint(
     run_dir = weights.parent.parent
     folder = Path(out) if out else run_dir / "evaluations"
     encoder = load_encoder(weights)
-    pair = [encoder, untrained(encoder, training_seed(weights))]
     embeddings = embed_shards(
-        pair,
+        [encoder, untrained(encoder, training_seed(weights)), Pixels()],
         settings.data.shards,
         splits=list(dict.fromkeys([settings.data.train, settings.data.val, settings.data.test])),
         size_px=settings.embedding.image_size_px,
@@ -73,14 +73,14 @@ def evaluate_checkpoint(
 
 
 def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]:
-    """Probe and nearest neighbours on the embeddings of two encoders, as JSON values.
+    """Probe and nearest neighbours on embeddings of both encoders and pixels, as JSON values.
 
     Raises:
         DataError: a split is empty, an embedding is not finite, or no class has both labels where
             it must.
         ConfigError: a class does not exist.
     """
-    by_encoder = dict(zip(ENCODERS, embeddings.features, strict=True))
+    by_encoder = dict(zip((*ENCODERS, PIXELS), embeddings.features, strict=True))
     for name, features in by_encoder.items():
         if broken := int((~np.isfinite(features)).any(1).sum()):
             raise DataError(
@@ -93,8 +93,12 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
     penalties = {}
     for name, features in by_encoder.items():
         train, val, test = (features[part.rows] for part in (parts.train, parts.val, parts.test))
-        fitted = fit_probe(
-            train, parts.train.labels, validation=(val, parts.val.labels), settings=settings.probe
+        fitted = fit_for(
+            name,
+            train,
+            parts.train.labels,
+            validation=(val, parts.val.labels),
+            settings=settings.probe,
         )
         penalties[name] = {"l2": fitted.l2, "validation_auroc": fitted.validation_auroc}
         probe[name] = fitted.scores(test)
@@ -130,10 +134,10 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
             c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k])
             for k, c in enumerate(kept)
         },
-        "calibration": {name: _calibration(s, test_labels, kept) for name, s in probe.items()},
+        "calibration": {name: _calibration(probe[name], test_labels, kept) for name in ENCODERS},
         "roc": {
-            name: {c: _curve(s[:, k], test_labels[:, k]) for k, c in enumerate(kept)}
-            for name, s in probe.items()
+            name: {c: _curve(probe[name][:, k], test_labels[:, k]) for k, c in enumerate(kept)}
+            for name in ENCODERS
         },
     }
 

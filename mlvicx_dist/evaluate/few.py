@@ -16,7 +16,8 @@ from scipy.special import stdtrit
 from mlvicx_dist.config import EvaluateConfig, FewLabels
 from mlvicx_dist.evaluate.metrics import bootstrap_areas, over_classes
 from mlvicx_dist.evaluate.parts import Part, Parts
-from mlvicx_dist.evaluate.probe import fit_probe, mean_auroc
+from mlvicx_dist.evaluate.pixels import fit_for
+from mlvicx_dist.evaluate.probe import mean_auroc
 from mlvicx_dist.progress import Progress, progress
 
 
@@ -83,7 +84,8 @@ def _share(
         x, y, z = (all_features[part.rows] for part in (train, parts.val, test))
         areas, drawn = [], []
         for chosen in draws:
-            probe = fit_probe(
+            probe = fit_for(
+                name,
                 x[chosen],
                 train.labels[chosen][:, kept],
                 validation=(y, parts.val.labels[:, kept]),

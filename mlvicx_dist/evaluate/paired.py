@@ -27,7 +27,7 @@ def compare(
     classes: Sequence[str],
     settings: Bootstrap,
 ) -> dict[str, Any]:
-    """Areas of each encoder, and of the first minus the second, a class and mean, with intervals.
+    """Areas of each encoder, and the first minus each other, a class and mean, with intervals.
 
     Args:
         scores: By encoder, [n, K].
@@ -37,9 +37,9 @@ def compare(
         settings: The resampling.
 
     Returns:
-        `auroc` and `auprc`, each for every encoder and `difference` {class or "mean": {"value",
-        "low", "high"}}; `undefined_draws`, {class: draws that held one label value only}, of which
-        the intervals know nothing.
+        `auroc` and `auprc`, each for every encoder, `difference` (to the second) and `over_NAME`
+        (to any further one) {class or "mean": {"value", "low", "high"}}; `undefined_draws`, {class:
+        draws that held one label value only}, of which the intervals know nothing.
     """
     columns = range(len(classes))
     values, draws = {}, {}
@@ -53,17 +53,19 @@ def compare(
         draws[name] = bootstrap_areas(
             one, labels, patients, draws=settings.draws, seed=settings.seed
         )
-    first, second, *_ = scores
+    first, *others = scores
     undefined = np.isnan(draws[first].auroc).sum(0)
     result: dict[str, Any] = {}
     for metric in Areas._fields:
         by_name = {
             name: (getattr(values[name], metric), getattr(draws[name], metric)) for name in scores
         }
-        by_name["difference"] = (
-            by_name[first][0] - by_name[second][0],
-            by_name[first][1] - by_name[second][1],
-        )
+        for other in others:
+            name = "difference" if other == others[0] else f"over_{other}"
+            by_name[name] = (
+                by_name[first][0] - by_name[other][0],
+                by_name[first][1] - by_name[other][1],
+            )
         result[metric] = {
             name: {
                 **{c: _cell(areas[k], drawn[:, k], settings) for k, c in enumerate(classes)},

@@ -25,6 +25,10 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         *_precision(result),
         f"Nearest neighbours, mean AUROC: {knn['pretrained']:.3f} pretrained, "
         f"{knn['untrained']:.3f} untrained.",
+        f"Ridge regression on 24 x 24 pixels: {cell(result['probe']['pixels']['mean'])};",
+        "  pretrained minus pixels: {value:+.3f} [{low:+.3f}, {high:+.3f}].".format(
+            **result["probe"]["over_pixels"]["mean"]
+        ),
         *_few_labels(result),
         *_subgroups(result),
         *_notes(result),

@@ -23,7 +23,7 @@ def settings(**changes):
 
 @pytest.fixture
 def embeddings():
-    """300 patients; the first encoder sees class a, neither sees b; c is positive nowhere."""
+    """300 patients; the first encoder sees class a, only pixels show b; c is positive nowhere."""
     rng = np.random.default_rng(0)
     labels = np.stack([rng.integers(0, 2, 300), rng.integers(0, 2, 300), np.zeros(300)], 1)
     seeing = rng.normal(size=(300, 6)).astype(np.float32)
@@ -33,7 +33,9 @@ def embeddings():
     about = tuple(
         {"split": s, "patient": str(i), "source": "s", "key": str(i)} for i, s in enumerate(splits)
     )
-    return Embeddings((seeing, blind), labels.astype(float), ("a", "b", "c"), about)
+    dark = np.clip(rng.normal(0.5, 0.1, (300, 576)), 0, 1).astype(np.float32)
+    dark[:, 100] += labels[:, 1]
+    return Embeddings((seeing, blind, dark), labels.astype(float), ("a", "b", "c"), about)
 
 
 def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
@@ -43,6 +45,10 @@ def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
     assert difference["b"]["low"] < 0 < difference["b"]["high"]
     assert result["probe"]["pretrained"]["a"]["value"] > 0.85
     assert result["knn"]["pretrained"]["a"]["value"] > 0.75
+    assert result["probe"]["pixels"]["b"]["low"] > 0.7
+    assert (
+        result["probe"]["over_pixels"]["b"]["high"] < 0 < result["probe"]["over_pixels"]["a"]["low"]
+    )
     assert result["classes"] == ["a", "b"]
     assert "only 0 for c in the split train" in result["left_out"]["c"]
     mean = np.mean([result["probe"]["pretrained"][c]["value"] for c in "ab"])
@@ -165,6 +171,7 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     assert main(["report", str(run_dir)]) == 0
     page = (run_dir / "report.html").read_text()
     assert f"{result['probe']['pretrained']['mean']['value']:.3f}" in page
+    assert f"{result['probe']['pixels']['mean']['value']:.3f}" in page
     assert "Weighted terms, level3" in page
     assert "data:image/jpeg;base64," in page
     assert 'src="http' not in page
