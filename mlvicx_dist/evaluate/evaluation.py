@@ -21,6 +21,7 @@ from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.metrics import roc_curve
+from mlvicx_dist.evaluate.overlap import overlap_with_run
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
 from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for
@@ -60,7 +61,12 @@ def evaluate_checkpoint(
         loader_workers=settings.data.loader_workers,
         use_gpu=settings.embedding.use_gpu,
     )
-    result = {"checkpoint": weights.name, **evaluate(embeddings, settings)}
+    tested = embeddings.about_of(embeddings.rows(settings.data.test))
+    result = {
+        "checkpoint": weights.name,
+        **evaluate(embeddings, settings),
+        "overlap": overlap_with_run(tested, run_dir),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{settings.name}.json"

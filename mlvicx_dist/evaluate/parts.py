@@ -49,7 +49,8 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
     """The splits and classes of the settings.
 
     Raises:
-        DataError: a split is empty, or no class has both labels in each.
+        DataError: a split is empty, no class has both labels in each, or a patient is in the test
+            split and in another.
         ConfigError: a class does not exist.
     """
     names = class_names(settings.classes, embeddings.classes)
@@ -76,6 +77,13 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
         Part(split, chosen, values[:, kept], patients[chosen])
         for split, chosen, values in zip(splits, rows, labels, strict=True)
     )
+    known = set(train.patients.tolist()) | set(val.patients.tolist())
+    if torn := len(known & set(test.patients.tolist())):
+        raise DataError(
+            f"{torn} patients of the split '{test.split}' of {shards} are in '{train.split}' or "
+            f"'{val.split}' too, so the probe would be judged on patients it knows; pack these "
+            "folders together, or leave one out."
+        )
     return Parts(train, val, test, classes, left_out)
 
 

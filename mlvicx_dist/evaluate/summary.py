@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from mlvicx_dist.evaluate.overlap import overlap_words
+
 WIDTH = 100
 NAME = 18
 """Columns of a name; a longer one is cut."""
@@ -143,4 +145,6 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         )
     for name, why in result["left_out"].items():
         lines += wrapped(f"Left out: {name} ({why}).")
+    if "overlap" in result:
+        lines += wrapped(overlap_words(result["overlap"]))
     return lines

@@ -120,6 +120,9 @@ def test_mistakes_are_named(embeddings):
         evaluate(embeddings, settings(classes=["aa"]))
     with pytest.raises(DataError, match="no class has both labels"):
         evaluate(embeddings, settings(classes=["c"]))
+    embeddings.about[250]["patient"] = "7"
+    with pytest.raises(DataError, match="1 patients of the split 'test' of x are in 'train' or"):
+        evaluate(embeddings, settings())
     with pytest.raises(DataError, match="split 'dev' is empty"):
         evaluate(embeddings, settings(data={"shards": ["x"], "val": "dev"}))
 
@@ -168,10 +171,13 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     written = json.loads((run_dir / "evaluations" / "phantoms.json").read_text())
     assert written == result
+    assert (result["overlap"]["images"], result["overlap"]["same_key"]) == (0, 0)
+    assert result["overlap"]["seen"] > 20
     assert main(["report", str(run_dir)]) == 0
     page = (run_dir / "report.html").read_text()
     assert f"{result['probe']['pretrained']['mean']['value']:.3f}" in page
     assert f"{result['probe']['pixels']['mean']['value']:.3f}" in page
+    assert "Overlap with the pretraining shards: 0 of" in page
     assert "Weighted terms, level3" in page
     assert "data:image/jpeg;base64," in page
     assert 'src="http' not in page
