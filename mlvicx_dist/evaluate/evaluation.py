@@ -28,6 +28,7 @@ from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for
 from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import untrained
+from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_seed
 
@@ -97,18 +98,22 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
     probe: dict[str, np.ndarray] = {}
     knn: dict[str, np.ndarray] = {}
     penalties = {}
-    for name, features in by_encoder.items():
-        train, val, test = (features[part.rows] for part in (parts.train, parts.val, parts.test))
-        fitted = fit_for(
-            name,
-            train,
-            parts.train.labels,
-            validation=(val, parts.val.labels),
-            settings=settings.probe,
-        )
-        penalties[name] = {"l2": fitted.l2, "validation_auroc": fitted.validation_auroc}
-        probe[name] = fitted.scores(test)
-        knn[name] = knn_scores(train, parts.train.labels, test, settings=settings.knn)
+    with progress("probing", len(by_encoder), "encoders") as bar:
+        for name, features in by_encoder.items():
+            train, val, test = (
+                features[part.rows] for part in (parts.train, parts.val, parts.test)
+            )
+            fitted = fit_for(
+                name,
+                train,
+                parts.train.labels,
+                validation=(val, parts.val.labels),
+                settings=settings.probe,
+            )
+            penalties[name] = {"l2": fitted.l2, "validation_auroc": fitted.validation_auroc}
+            probe[name] = fitted.scores(test)
+            knn[name] = knn_scores(train, parts.train.labels, test, settings=settings.knn)
+            bar.advance()
     kept, patients, test_labels = parts.classes, parts.test.patients, parts.test.labels
     first, second = ENCODERS
     judged = compare(probe, test_labels, patients, kept, settings.bootstrap)

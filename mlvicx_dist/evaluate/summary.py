@@ -50,7 +50,7 @@ def _areas(result: Mapping[str, Any]) -> list[str]:
 
 def _precision(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{'class':{NAME}} {'positives':>9} {'pretrained':>20}  {'untrained':>20}"
+        f"{'class':{NAME}} {'positive':>9} {'pretrained':>20}  {'untrained':>20}"
         f"  {'ECE':>5}  {'Brier':>5}  {'p':>6}"
     ]
     shares = result["shares"]
@@ -61,7 +61,7 @@ def _precision(result: Mapping[str, Any]) -> list[str]:
         p = result["delong"].get(name)
         lines.append(
             f"{cut(name)} {share:>9} {areas}  {errors['ece']:5.3f}  {errors['brier']:5.3f}"
-            + ("" if p is None else f"  {p:6.4f}")
+            + ("" if p is None else f"  {p:6.4f}" if p >= 5e-5 else "  <.0001")
         )
     return lines
 
@@ -106,6 +106,9 @@ def _subgroups(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}: no image.")
         elif one["left_out"]:
             lines += wrapped(f"Left out of {name}: {', '.join(one['left_out'])}.")
+        if counts := one.get("undefined_draws"):
+            held = ", ".join(f"{c} in {count}" for c, count in counts.items())
+            lines += wrapped(f"{name}: draws that held one label value only: {held}.")
     return lines
 
 
@@ -141,7 +144,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     for name, count in result["undefined_draws"].items():
         lines += wrapped(
             f"{name}: {count} of {draws} draws of patients held one label value only; its "
-            "intervals speak of the others."
+            "intervals and the mean's are without it there."
         )
     for name, why in result["left_out"].items():
         lines += wrapped(f"Left out: {name} ({why}).")

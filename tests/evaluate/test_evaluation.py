@@ -12,6 +12,7 @@ from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
 from mlvicx_dist.evaluate.summary import summary
+from mlvicx_dist.report.charts import of_evaluation
 
 
 def settings(**changes):
@@ -79,11 +80,16 @@ def test_draws_without_a_positive_are_counted(embeddings):
     labels[200:, 1] = 0
     labels[200:202, 1] = 1
     few = dataclasses.replace(embeddings, labels=labels)
+    for one in few.about:
+        one["sex"] = "F"
     result = evaluate(few, settings())
     # No draw of 100 patients holds either of two: 0.98 ** 100 = 0.133.
     assert 10 < result["undefined_draws"]["b"] < 50
     assert "a" not in result["undefined_draws"]
-    assert any("b: " in line and "draws" in line for line in summary(result))
+    lines = summary(result)
+    count = result["undefined_draws"]["b"]
+    assert any(line.startswith(f"b: {count} of 200 draws") for line in lines)
+    assert f"sex F: draws that held one label value only: b in {count}." in lines
 
 
 def test_an_embedding_that_is_no_number_is_an_error(embeddings):
@@ -96,13 +102,17 @@ def test_the_summary_fits_on_100_columns(embeddings):
     renamed = dataclasses.replace(embeddings, classes=("a" * 40, "Pleural_Thickening", "c"))
     for place, one in enumerate(renamed.about):
         one |= {"sex": "FM"[place % 2], "age": place % 60, "view": "PA"}
-    lines = summary(evaluate(renamed, settings(few_labels={"fractions": [0.01, 0.5, 1.0]})))
+    result = evaluate(renamed, settings(few_labels={"fractions": [0.01, 0.5, 1.0]}))
+    lines = summary(result)
     assert any(line.startswith("50.0%, 75 ") for line in lines)
     assert any(line.startswith("Left out at 1.0%: ") for line in lines)
     assert any(line.startswith("age 40-64 ") for line in lines)
     assert "view AP: no image." in lines
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("Pleural_Thickening ") for line in lines)
+    titles = [chart["title"] for chart in of_evaluation(result)]
+    assert "What it adds in subgroups, mean" in titles
+    assert "What it adds with few labels, mean" in titles
 
 
 def test_the_test_images_choose_nothing(embeddings):
@@ -177,6 +187,8 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     page = (run_dir / "report.html").read_text()
     assert f"{result['probe']['pretrained']['mean']['value']:.3f}" in page
     assert f"{result['probe']['pixels']['mean']['value']:.3f}" in page
+    assert "What it adds in subgroups, mean" in page
+    assert "What it adds with few labels, mean" not in page
     assert "Overlap with the pretraining shards: 0 of" in page
     assert "Weighted terms, level3" in page
     assert "data:image/jpeg;base64," in page
