@@ -83,7 +83,9 @@ class EvaluateConfig(Settings):
     age_bands: list[Annotated[int, Field(ge=1, le=89)]] = Field(default=[18, 40, 65])
     """The ages in years at which a band begins, after the first."""
     few_labels: FewLabels | None = None
-    """None: none; `{}`: with the defaults, which cost three times the probe's time again."""
+    """None: none; `{}`: with the defaults, 21 probes an encoder."""
+    overlap: bool = True
+    """Whether the pretraining shards are searched for the test images; reads what each tells."""
 
     @model_validator(mode="after")
     def _rising(self) -> EvaluateConfig:

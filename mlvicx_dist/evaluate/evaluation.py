@@ -62,12 +62,10 @@ def evaluate_checkpoint(
         loader_workers=settings.data.loader_workers,
         use_gpu=settings.embedding.use_gpu,
     )
+    result = {"checkpoint": weights.name, **evaluate(embeddings, settings)}
     tested = embeddings.about_of(embeddings.rows(settings.data.test))
-    result = {
-        "checkpoint": weights.name,
-        **evaluate(embeddings, settings),
-        "overlap": overlap_with_run(tested, run_dir),
-    }
+    off = {"unknown": "overlap is off"}
+    result["overlap"] = overlap_with_run(tested, run_dir) if settings.overlap else off
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{settings.name}.json"

@@ -194,6 +194,11 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     assert "data:image/jpeg;base64," in page
     assert 'src="http' not in page
 
+    again = ["evaluate", str(run_dir), str(tmp_path / "e.yaml"), "--set", "overlap=false"]
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "unknown (overlap is off)" in capsys.readouterr().out
+
     out = tmp_path / "e.parquet"
     assert main(["embed", str(run_dir), str(phantom_shards), "--out", str(out)]) == 0
     assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 0
