@@ -29,3 +29,6 @@ def test_frequencies_are_calibrated_and_equal_probabilities_are_not_torn():
     labels = np.array([1.0] * 3 + [0.0] * 7)
     assert calibration_error(np.full(10, 0.3), labels) == pytest.approx(0, abs=1e-12)
     assert calibration_error(np.full(10, 0.9), labels) == pytest.approx(0.6)
+    # Three equal ones share the bin of the middle one, the second, and not that of the first.
+    probabilities, labels = np.array([0.1, 0.5, 0.5, 0.5]), np.array([1.0, 0, 0, 0])
+    assert calibration_error(probabilities, labels, bins=2) == pytest.approx((0.9 + 1.5) / 4)
