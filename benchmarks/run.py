@@ -27,6 +27,7 @@ NAMES = (
     "startup",
     "checkpoint",
     "sweep_overhead",
+    "bootstrap",
 )
 HEAD = """\
 # What was measured
