@@ -28,6 +28,7 @@ NAMES = (
     "checkpoint",
     "sweep_overhead",
     "bootstrap",
+    "plan",
 )
 HEAD = """\
 # What was measured
