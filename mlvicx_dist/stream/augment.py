@@ -108,7 +108,8 @@ def photometrics(images: torch.Tensor, table: torch.Tensor, *, kernel_px: int) -
         Views in [0, 1], float [B, 1, S, S].
     """
     # A copy that is changed in place: new memory costs more than arithmetic.
-    images = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
+    kind = torch.get_default_dtype()
+    images = images.to(kind).div_(255) if images.dtype == torch.uint8 else images.clone()
     jitter = table[:, :4, None, None, None].to(images, non_blocking=True)
     factor1, contrast1, factor2, contrast2 = jitter.unbind(1)
     for factor, contrast in ((factor1, contrast1), (factor2, contrast2)):
