@@ -2,9 +2,10 @@
 
 Called on a rank's own rows, as lightly's default has it, a loss that compares the images of a batch
 is another loss for each number of GPUs: statistics and negatives are per GPU, a bug that the field
-knows well (FIELD.md, C 1). Its `gather_distributed` needs equal shares. Here every rank gathers the
-embeddings and computes the loss L of the whole batch, with gradient through its own rows alone: as
-in `global_batch`, dL/dz_r, whose sum over ranks is the gradient of L.
+knows well. Its `gather_distributed` needs equal shares for SimCLR, and for Barlow Twins keeps the
+mean and variance of each GPU. Here every rank gathers the embeddings and computes the loss L of the
+whole batch, with gradient through its own rows alone: as in `global_batch`, dL/dz_r, whose sum over
+ranks is the gradient of L.
 """
 
 from __future__ import annotations

@@ -115,6 +115,19 @@ def test_the_library_computes_what_the_paper_says(method):
     assert spread.item() == pytest.approx(a.std(0).mean().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("method", ["barlow_twins", "simclr"])
+def test_the_librarys_default_would_be_another_loss_on_two_workers(method):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 8, 6, generator=generator, dtype=torch.float64)
+
+    def loss(rows):
+        views = ({"global": x[rows]} for x in (a, a + b))
+        return baseline_loss(method, *views, Loss(), shares=[len(a[rows])])[0].item()
+
+    halves = (loss(slice(4)) + loss(slice(4, 8))) / 2
+    assert abs(halves - loss(slice(8))) > 0.1 * abs(loss(slice(8)))
+
+
 @pytest.mark.parametrize("method", FROM_LIBRARY)
 def test_a_loss_is_at_least_float32(method):
     a, b = torch.randn(2, 8, 16).bfloat16()
