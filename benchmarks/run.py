@@ -27,6 +27,8 @@ NAMES = (
     "startup",
     "checkpoint",
     "sweep_overhead",
+    "bootstrap",
+    "plan",
 )
 HEAD = """\
 # What was measured

@@ -23,7 +23,7 @@ import torch
 
 from mlvicx_dist.config import Bootstrap, Probe
 from mlvicx_dist.evaluate.embed import embed_shards
-from mlvicx_dist.evaluate.metrics import auroc, bootstrap_auroc, interval
+from mlvicx_dist.evaluate.metrics import auroc, bootstrap_areas, interval
 from mlvicx_dist.evaluate.probe import fit_probe
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.shard_task import PackSettings
@@ -89,7 +89,7 @@ def probed(shards: Path, encoder: str) -> dict[str, float]:
     labels = [seen.labels[chosen] for chosen in rows]
     probe = fit_probe(features[0], labels[0], validation=(features[1], labels[1]), settings=Probe())
     scores, patients = probe.scores(features[2]), seen.patients()[rows[2]]
-    draws = bootstrap_auroc(scores, labels[2], patients, draws=Bootstrap().draws, seed=0)
+    draws = bootstrap_areas(scores, labels[2], patients, draws=Bootstrap().draws, seed=0).auroc
     low, high = interval(draws[:, 0], Bootstrap().confidence)
     return {"auroc": auroc(scores[:, 0], labels[2][:, 0]), "low": low, "high": high}
 

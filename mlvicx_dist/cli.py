@@ -227,7 +227,8 @@ def _sweep(options: argparse.Namespace) -> Answer:
 
 def _evaluate(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.config import EvaluateConfig, load_as
-    from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
+    from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
+    from mlvicx_dist.evaluate.summary import summary
 
     config = load_as(EvaluateConfig, options.config, options.overrides)
     result, path = evaluate_checkpoint(options.checkpoint, config, out=options.out)

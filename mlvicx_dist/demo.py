@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_dist.config import EvaluateConfig, PretrainConfig, load_as
-from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint, summary
+from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
+from mlvicx_dist.evaluate.summary import summary
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.anatomy import CLASSES

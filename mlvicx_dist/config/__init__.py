@@ -5,7 +5,7 @@ whatever is wrong in it becomes one sentence that names the file, the key and th
 """
 
 from mlvicx_dist.config.base import Settings
-from mlvicx_dist.config.evaluate import Bootstrap, EvaluateConfig, Knn, Probe
+from mlvicx_dist.config.evaluate import Bootstrap, EvaluateConfig, FewLabels, Knn, Probe
 from mlvicx_dist.config.files import (
     Config,
     load_as,
@@ -40,6 +40,7 @@ __all__ = [
     "Config",
     "Dimension",
     "EvaluateConfig",
+    "FewLabels",
     "Knn",
     "LocalHead",
     "Loss",

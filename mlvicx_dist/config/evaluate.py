@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlvicx_dist.config.base import Count, Name, Positive, Settings
 
@@ -17,6 +17,12 @@ class EvaluateData(Settings):
     val: str = "val"
     test: str = "test"
     loader_workers: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _unseen(self) -> EvaluateData:
+        if self.test in (self.train, self.val):
+            raise ValueError("test must be a split of its own: its images choose nothing")
+        return self
 
 
 class Embedding(Settings):
@@ -50,6 +56,16 @@ class Bootstrap(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class FewLabels(Settings):
+    """Probes that learn from a share of the training patients."""
+
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.01, 0.05, 0.1, 0.3, 1.0], min_length=1
+    )
+    draws: Annotated[int, Field(ge=5)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class EvaluateConfig(Settings):
     """`kind: evaluate`."""
 
@@ -62,3 +78,17 @@ class EvaluateConfig(Settings):
     probe: Probe = Probe()
     knn: Knn = Knn()
     bootstrap: Bootstrap = Bootstrap()
+    subgroups: bool = True
+    """Whether sexes, views and age bands are judged each by itself."""
+    age_bands: list[Annotated[int, Field(ge=1, le=89)]] = Field(default=[18, 40, 65])
+    """The ages in years at which a band begins, after the first."""
+    few_labels: FewLabels | None = None
+    """None: none; `{}`: with the defaults, 21 probes an encoder."""
+    overlap: bool = True
+    """Whether the pretraining shards are searched for the test images; reads what each tells."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> EvaluateConfig:
+        if sorted(set(self.age_bands)) != self.age_bands:
+            raise ValueError("age_bands must rise")
+        return self

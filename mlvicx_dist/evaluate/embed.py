@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mlvicx_dist.errors import DataError, ResourceError, UserError
@@ -41,6 +42,10 @@ class Embeddings:
     def rows(self, split: str) -> np.ndarray:
         """Which images are in a split, bool [n]."""
         return np.array([one["split"] == split for one in self.about], dtype=bool)
+
+    def about_of(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """What is known of the images of chosen rows, bool [n]."""
+        return [self.about[place] for place in np.flatnonzero(rows)]
 
     def patients(self) -> np.ndarray:
         """The patient of each image: source and key, since two sources may share keys."""
@@ -77,7 +82,7 @@ def squared(image: np.ndarray, size_px: int) -> np.ndarray:
 
 
 def embed_shards(
-    encoders: Sequence[Encoder],
+    encoders: Sequence[nn.Module],
     folders: Sequence[str | Path],
     *,
     splits: Sequence[str] | None = None,
@@ -89,7 +94,8 @@ def embed_shards(
     """Embed the images of several shard folders, decoded once for all encoders.
 
     Args:
-        encoders: Frozen encoders of one image size; they are put into eval mode.
+        encoders: From uint8 [B, 1, H, W] to [B, F], an `Encoder` among them; they are put into
+            eval mode.
         folders: Shard folders; their classes are joined by name.
         splits: Only these; None: all.
         size_px: The size that images are shown at; None: that of the pretraining.
@@ -105,7 +111,7 @@ def embed_shards(
         encoders,
         shards,
         range(len(shards)),
-        size_px=size_px or encoders[0].image_size_px,
+        size_px=size_px or next(e.image_size_px for e in encoders if isinstance(e, Encoder)),
         batch_size=batch_size,
         loader_workers=loader_workers,
         use_gpu=use_gpu,
@@ -114,7 +120,7 @@ def embed_shards(
 
 @torch.inference_mode()
 def embed_samples(
-    encoders: Sequence[Encoder],
+    encoders: Sequence[nn.Module],
     shards: ShardSet,
     samples: Sequence[int],
     *,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,18 +45,44 @@ def fit_probe(
         validation: Embeddings and labels of other patients.
         settings: Penalties and the most iterations.
     """
+    x, scale = standardised(features)
+    y = torch.from_numpy(labels).double()
+
+    def solutions() -> Iterator[Weights]:
+        start = torch.zeros(x.shape[1] + 1, y.shape[1], dtype=torch.float64)
+        # From the strongest penalty down: each start is near its end.
+        for l2 in sorted(settings.l2, reverse=True):
+            start = _minimise(x, y, l2, start, settings.max_iterations)
+            yield l2, start[:-1], start[-1]
+
+    return best_on(validation, scale, solutions())
+
+
+Weights = tuple[float, torch.Tensor, torch.Tensor]
+"""A penalty, and the weights [F, K] and biases [K] that it leads to."""
+Scale = tuple[torch.Tensor, torch.Tensor]
+"""Mean and standard deviation of the training images' features, [F] each."""
+
+
+def standardised(features: np.ndarray) -> tuple[torch.Tensor, Scale]:
+    """Features with mean 0 and standard deviation 1, float64 [n, F], and what they had."""
     x = torch.from_numpy(features).double()
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-9)
-    x = (x - mean) / std
+    mean = x.mean(0)
+    # One image has no deviation.
+    std = (x.std(0) if len(x) > 1 else torch.ones_like(mean)).clamp_min(1e-9)
+    return (x - mean) / std, (mean, std)
+
+
+def best_on(
+    validation: tuple[np.ndarray, np.ndarray], scale: Scale, solutions: Iterable[Weights]
+) -> Fitted:
+    """The solution with the best mean AUROC on the validation images; of equals the first."""
     best: Fitted | None = None
-    start = torch.zeros(x.shape[1] + 1, labels.shape[1], dtype=torch.float64)
-    # From the strongest penalty down: each start is near its end.
-    for l2 in sorted(settings.l2, reverse=True):
-        start = _minimise(x, torch.from_numpy(labels).double(), l2, start, settings.max_iterations)
-        fitted = Fitted(mean, std, start[:-1], start[-1], l2, 0.0)
+    for l2, weight, bias in solutions:
+        fitted = Fitted(*scale, weight, bias, l2, 0.0)
         area = mean_auroc(fitted.scores(validation[0]), validation[1])
         if best is None or area > best.validation_auroc:
-            best = Fitted(mean, std, start[:-1], start[-1], l2, area)
+            best = replace(fitted, validation_auroc=area)
     assert best is not None
     return best
 

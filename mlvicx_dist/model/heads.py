@@ -48,6 +48,8 @@ class LocalHead(nn.Module):
         self.features = settings.channels * settings.pool**2
         self.convs = nn.ModuleList(nn.Conv2d(c, settings.channels, 1) for c in channels)
         self.convs.requires_grad_(trained)
+        # As the maps are: DDP would copy gradients of another layout.
+        self.convs.to(memory_format=torch.channels_last)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Maps of the chosen levels, [B, C_l, H_l, W_l] each, to vectors [B, channels * pool^2].

@@ -38,8 +38,26 @@ def of_run(rows: Sequence[Row], heads: Sequence[str]) -> list[Chart]:
 
 
 def of_evaluation(result: Mapping[str, Any]) -> list[Chart]:
-    """Differences with their intervals, and the ROC curves."""
-    return [_differences(result), _roc(result)]
+    """Differences of classes, subgroups and shares with their intervals, and the ROC curves."""
+    of_classes = {
+        name: result["probe"]["difference"][name] for name in [*result["classes"], "mean"]
+    }
+    of_groups = {
+        name: one["difference"]["mean"]
+        for name, one in result.get("subgroups", {}).items()
+        if "difference" in one
+    }
+    of_shares = {
+        f"{one['fraction']:.1%} of patients": one["difference"]
+        for one in result.get("few_labels", [])
+        if "difference" in one
+    }
+    charts = [_differences("What pretraining adds", of_classes), _roc(result)]
+    if of_groups:
+        charts.append(_differences("What it adds in subgroups, mean", of_groups))
+    if of_shares:
+        charts.append(_differences("What it adds with few labels, mean", of_shares))
+    return charts
 
 
 def _lines(title: str, unit: str, rows: Sequence[Row], keys: Mapping[str, str]) -> Chart:
@@ -64,9 +82,8 @@ def _lines(title: str, unit: str, rows: Sequence[Row], keys: Mapping[str, str]) 
     return chart(title, traces, layout)
 
 
-def _differences(result: Mapping[str, Any]) -> Chart:
-    names = [*result["classes"], "mean"]
-    cells = [result["probe"]["difference"][name] for name in names]
+def _differences(title: str, by_name: Mapping[str, Mapping[str, float]]) -> Chart:
+    names, cells = list(by_name), list(by_name.values())
     trace = {
         "x": [cell["value"] for cell in cells],
         "y": names,
@@ -89,7 +106,7 @@ def _differences(result: Mapping[str, Any]) -> Chart:
         "showlegend": False,
         "height": 110 + 34 * len(names),
     }
-    return chart("What pretraining adds", [trace], layout)
+    return chart(title, [trace], layout)
 
 
 def _roc(result: Mapping[str, Any]) -> Chart:

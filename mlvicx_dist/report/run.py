@@ -11,6 +11,7 @@ import yaml
 
 from mlvicx_dist.config import METHODS, PretrainConfig, parse_config, parse_yaml, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, UserError
+from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contact_sheet
@@ -49,7 +50,14 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         "state": _state(run_dir, rows),
         "rows": rows,
         "charts": charts.of_run(rows, _heads(rows)) if rows else [],
-        "evaluations": [{"result": e, "charts": charts.of_evaluation(e)} for e in evaluations],
+        "evaluations": [
+            {
+                "result": e,
+                "charts": charts.of_evaluation(e),
+                "overlap": overlap_words(e["overlap"]) if "overlap" in e else "",
+            }
+            for e in evaluations
+        ],
         "contact": _contact(config),
         "about": _json(run_dir / "environment.json"),
     }

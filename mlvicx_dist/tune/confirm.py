@@ -21,7 +21,7 @@ from scipy.special import stdtrit
 from mlvicx_dist.config import Bootstrap, SweepConfig
 from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.evaluate.embed import embed_samples
-from mlvicx_dist.evaluate.metrics import bootstrap_auroc, over_classes
+from mlvicx_dist.evaluate.metrics import bootstrap_areas, over_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import Progress, progress, say
@@ -199,14 +199,14 @@ def compared(
                 probe = fit_probe(x, labels[0], validation=(y, labels[1]), settings=settings.probe)
                 scores = probe.scores(z)
             values.append(mean_auroc(scores, labels[2]))
-            areas = bootstrap_auroc(
+            areas = bootstrap_areas(
                 scores,
                 labels[2],
                 patients,
                 draws=config.confirm.bootstrap.draws,
                 seed=config.confirm.bootstrap.seed,
             )
-            drawn.append(over_classes(areas))
+            drawn.append(over_classes(areas.auroc))
         draws = np.array(drawn)
     k = len(seeds)
     sides = {"best": values[:k], "default": values[k:]}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mlvicx_dist.config import PretrainConfig, Target, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate.embed import WholeImages, labels_of
-from mlvicx_dist.evaluate.evaluation import class_names, usable_classes
+from mlvicx_dist.evaluate.parts import class_names, usable_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import MLVICX

@@ -185,7 +185,6 @@ def test_a_cluster_whose_nodes_come_and_go(attacked, laptop, s3_server, steps_pe
     check_epochs(found, steps_per_epoch, BATCH)
 
 
-@short
 def test_a_job_that_is_stopped_saves_first(attacked, laptop, steps_per_epoch):
     laptop.up(nodes=2, cpus=1)
     run = attacked(env=laptop.env)

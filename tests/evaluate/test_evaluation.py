@@ -1,5 +1,6 @@
 """Evaluation from a run's folder to its JSON, and the page that shows it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from mlvicx_dist.config import EvaluateConfig, parse_config
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
+from mlvicx_dist.evaluate.summary import summary
+from mlvicx_dist.report.charts import of_evaluation
 
 
 def settings(**changes):
@@ -21,7 +24,7 @@ def settings(**changes):
 
 @pytest.fixture
 def embeddings():
-    """300 patients; the first encoder sees class a, neither sees b; c is positive nowhere."""
+    """300 patients; the first encoder sees class a, only pixels show b; c is positive nowhere."""
     rng = np.random.default_rng(0)
     labels = np.stack([rng.integers(0, 2, 300), rng.integers(0, 2, 300), np.zeros(300)], 1)
     seeing = rng.normal(size=(300, 6)).astype(np.float32)
@@ -31,7 +34,9 @@ def embeddings():
     about = tuple(
         {"split": s, "patient": str(i), "source": "s", "key": str(i)} for i, s in enumerate(splits)
     )
-    return Embeddings((seeing, blind), labels.astype(float), ("a", "b", "c"), about)
+    dark = np.clip(rng.normal(0.5, 0.1, (300, 576)), 0, 1).astype(np.float32)
+    dark[:, 100] += labels[:, 1]
+    return Embeddings((seeing, blind, dark), labels.astype(float), ("a", "b", "c"), about)
 
 
 def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
@@ -41,11 +46,73 @@ def test_what_is_there_is_found_and_what_is_not_is_not(embeddings):
     assert difference["b"]["low"] < 0 < difference["b"]["high"]
     assert result["probe"]["pretrained"]["a"]["value"] > 0.85
     assert result["knn"]["pretrained"]["a"]["value"] > 0.75
+    assert result["probe"]["pixels"]["b"]["low"] > 0.7
+    assert (
+        result["probe"]["over_pixels"]["b"]["high"] < 0 < result["probe"]["over_pixels"]["a"]["low"]
+    )
     assert result["classes"] == ["a", "b"]
     assert "only 0 for c in the split train" in result["left_out"]["c"]
     mean = np.mean([result["probe"]["pretrained"][c]["value"] for c in "ab"])
     assert result["probe"]["pretrained"]["mean"]["value"] == pytest.approx(mean)
     json.dumps(result)
+
+
+def test_precision_calibration_and_delong_stand_beside_auroc(embeddings):
+    result = evaluate(embeddings, settings())
+    seeing, blind = (result["auprc"][kind] for kind in ("pretrained", "untrained"))
+    assert seeing["a"]["low"] > blind["a"]["high"] > result["shares"]["a"]
+    assert result["auprc"]["difference"]["a"]["low"] > 0.1
+    assert result["delong"]["a"] < 1e-6 < 0.01 < result["delong"]["b"]
+    errors = result["calibration"]
+    assert errors["pretrained"]["a"]["brier"] < 0.23 < errors["untrained"]["a"]["brier"] < 0.35
+    mean = np.mean([errors["pretrained"][c]["ece"] for c in "ab"])
+    assert errors["pretrained"]["mean"]["ece"] == pytest.approx(mean)
+    assert 0 < mean < 0.5
+
+
+def test_a_test_split_that_chooses_is_refused():
+    with pytest.raises(ConfigError, match="test must be a split of its own"):
+        settings(data={"shards": ["x"], "val": "test"})
+
+
+def test_draws_without_a_positive_are_counted(embeddings):
+    labels = embeddings.labels.copy()
+    labels[200:, 1] = 0
+    labels[200:202, 1] = 1
+    few = dataclasses.replace(embeddings, labels=labels)
+    for one in few.about:
+        one["sex"] = "F"
+    result = evaluate(few, settings())
+    # No draw of 100 patients holds either of two: 0.98 ** 100 = 0.133.
+    assert 10 < result["undefined_draws"]["b"] < 50
+    assert "a" not in result["undefined_draws"]
+    lines = summary(result)
+    count = result["undefined_draws"]["b"]
+    assert any(line.startswith(f"b: {count} of 200 draws") for line in lines)
+    assert f"sex F: draws that held one label value only: b in {count}." in lines
+
+
+def test_an_embedding_that_is_no_number_is_an_error(embeddings):
+    embeddings.features[1][7, 2] = np.nan
+    with pytest.raises(DataError, match="untrained encoder's embeddings of 1 of 300 images"):
+        evaluate(embeddings, settings())
+
+
+def test_the_summary_fits_on_100_columns(embeddings):
+    renamed = dataclasses.replace(embeddings, classes=("a" * 40, "Pleural_Thickening", "c"))
+    for place, one in enumerate(renamed.about):
+        one |= {"sex": "FM"[place % 2], "age": place % 60, "view": "PA"}
+    result = evaluate(renamed, settings(few_labels={"fractions": [0.01, 0.5, 1.0]}))
+    lines = summary(result)
+    assert any(line.startswith("50.0%, 75 ") for line in lines)
+    assert any(line.startswith("Left out at 1.0%: ") for line in lines)
+    assert any(line.startswith("age 40-64 ") for line in lines)
+    assert "view AP: no image." in lines
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("Pleural_Thickening ") for line in lines)
+    titles = [chart["title"] for chart in of_evaluation(result)]
+    assert "What it adds in subgroups, mean" in titles
+    assert "What it adds with few labels, mean" in titles
 
 
 def test_the_test_images_choose_nothing(embeddings):
@@ -63,6 +130,9 @@ def test_mistakes_are_named(embeddings):
         evaluate(embeddings, settings(classes=["aa"]))
     with pytest.raises(DataError, match="no class has both labels"):
         evaluate(embeddings, settings(classes=["c"]))
+    embeddings.about[250]["patient"] = "7"
+    with pytest.raises(DataError, match="1 patients of the split 'test' of x are in 'train' or"):
+        evaluate(embeddings, settings())
     with pytest.raises(DataError, match="split 'dev' is empty"):
         evaluate(embeddings, settings(data={"shards": ["x"], "val": "dev"}))
 
@@ -111,12 +181,23 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     written = json.loads((run_dir / "evaluations" / "phantoms.json").read_text())
     assert written == result
+    assert (result["overlap"]["images"], result["overlap"]["same_key"]) == (0, 0)
+    assert result["overlap"]["seen"] > 20
     assert main(["report", str(run_dir)]) == 0
     page = (run_dir / "report.html").read_text()
     assert f"{result['probe']['pretrained']['mean']['value']:.3f}" in page
+    assert f"{result['probe']['pixels']['mean']['value']:.3f}" in page
+    assert "What it adds in subgroups, mean" in page
+    assert "What it adds with few labels, mean" not in page
+    assert "Overlap with the pretraining shards: 0 of" in page
     assert "Weighted terms, level3" in page
     assert "data:image/jpeg;base64," in page
     assert 'src="http' not in page
+
+    again = ["evaluate", str(run_dir), str(tmp_path / "e.yaml"), "--set", "overlap=false"]
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "unknown (overlap is off)" in capsys.readouterr().out
 
     out = tmp_path / "e.parquet"
     assert main(["embed", str(run_dir), str(phantom_shards), "--out", str(out)]) == 0

@@ -1,0 +1,123 @@
+"""Which images and classes an evaluation is about: its three splits, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlvicx_dist.config import EvaluateConfig
+from mlvicx_dist.errors import ConfigError, DataError, nearest
+from mlvicx_dist.evaluate.embed import Embeddings
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of a split.
+
+    Attributes:
+        split: Its name.
+        rows: Which of all embedded images they are, bool [all].
+        labels: [n, K], 0, 1 or NaN, of the classes that are judged.
+        patients: [n].
+    """
+
+    split: str
+    rows: np.ndarray
+    labels: np.ndarray
+    patients: np.ndarray
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images that the probe learns on, is tuned on and is judged on.
+
+    Attributes:
+        classes: Those with both labels in each split.
+        left_out: The others, and why.
+    """
+
+    train: Part
+    val: Part
+    test: Part
+    classes: list[str]
+    left_out: dict[str, str]
+
+
+def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
+    """The splits and classes of the settings.
+
+    Raises:
+        DataError: a split is empty, no class has both labels in each, or a patient is in the test
+            split and in another.
+        ConfigError: a class does not exist.
+    """
+    names = class_names(settings.classes, embeddings.classes)
+    columns = [embeddings.classes.index(name) for name in names]
+    splits = (settings.data.train, settings.data.val, settings.data.test)
+    shards = ", ".join(settings.data.shards)
+    rows = [embeddings.rows(split) for split in splits]
+    for split, chosen in zip(splits, rows, strict=True):
+        if not chosen.any():
+            raise DataError(
+                f"the split '{split}' is empty in {shards}; name another "
+                "with data.train, data.val or data.test."
+            )
+    labels = [embeddings.labels[chosen][:, columns] for chosen in rows]
+    classes, left_out = usable_classes(names, dict(zip(splits, labels, strict=True)))
+    if not classes:
+        raise DataError(
+            f"no class has both labels in each split of {shards} "
+            f"({'; '.join(left_out.values())}); evaluate on labelled shards."
+        )
+    kept = [names.index(name) for name in classes]
+    patients = embeddings.patients()
+    train, val, test = (
+        Part(split, chosen, values[:, kept], patients[chosen])
+        for split, chosen, values in zip(splits, rows, labels, strict=True)
+    )
+    known = set(train.patients.tolist()) | set(val.patients.tolist())
+    if torn := len(known & set(test.patients.tolist())):
+        raise DataError(
+            f"{torn} patients of the split '{test.split}' of {shards} are in '{train.split}' or "
+            f"'{val.split}' too, so the probe would be judged on patients it knows; pack these "
+            "folders together, or leave one out."
+        )
+    return Parts(train, val, test, classes, left_out)
+
+
+def class_names(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str]:
+    """The classes that are asked for, or all.
+
+    Raises:
+        ConfigError: the shards do not have one of them.
+    """
+    for name in wanted or ():
+        if name not in there:
+            raise ConfigError(
+                f"classes names '{name}', which the shards do not have"
+                f"{nearest(name, there)}; they have {', '.join(there)}."
+            )
+    return list(wanted or there)
+
+
+def usable_classes(
+    names: Sequence[str], labels: Mapping[str, np.ndarray], *, within: str = "split"
+) -> tuple[list[str], dict[str, str]]:
+    """The classes with both labels in every split, and why the others are left out.
+
+    Args:
+        names: The classes.
+        labels: By split, [n, K], 0, 1 or NaN.
+        within: What the parts are called.
+    """
+    left_out = {}
+    for k, name in enumerate(names):
+        for split, values in labels.items():
+            known = values[:, k][~np.isnan(values[:, k])]
+            if len(np.unique(known)) < 2:
+                found = f"only {known[0]:g}" if len(known) else "no label"
+                left_out[name] = f"{found} for {name} in the {within} {split}"
+                break
+    return [name for name in names if name not in left_out], left_out
