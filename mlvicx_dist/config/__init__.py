@@ -16,8 +16,11 @@ from mlvicx_dist.config.files import (
     to_tree,
 )
 from mlvicx_dist.config.pretrain import (
+    LOSS_KEYS,
+    METHODS,
     LocalHead,
     Loss,
+    Method,
     Model,
     PretrainConfig,
     PretrainData,
@@ -31,6 +34,8 @@ from mlvicx_dist.config.pretrain import (
 from mlvicx_dist.config.sweep import Dimension, Search, SweepConfig, Target
 
 __all__ = [
+    "LOSS_KEYS",
+    "METHODS",
     "Bootstrap",
     "Config",
     "Dimension",
@@ -39,6 +44,7 @@ __all__ = [
     "Knn",
     "LocalHead",
     "Loss",
+    "Method",
     "Model",
     "PretrainConfig",
     "PretrainData",

@@ -186,7 +186,7 @@ def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
-        return f"{name}: in '{key}', {message}."
+        return f"{name}: in '{key}', {message}." if key else f"{name}: {message}."
     given = first["input"]
     if isinstance(given, dict | list) and len(str(given)) > 60:
         given = type(given).__name__

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mlvicx_dist.config.base import Count, Fraction, Name, NonNegative, Positive, Settings
+
+Method = Literal["mlvicx", "vicreg", "barlow_twins", "simclr", "simsiam"]
+METHODS: dict[str, str] = {
+    "mlvicx": "MLVICX (arXiv 2403.11504)",
+    "vicreg": "VICReg (arXiv 2105.04906)",
+    "barlow_twins": "Barlow Twins (arXiv 2103.03230)",
+    "simclr": "SimCLR (arXiv 2002.05709)",
+    "simsiam": "SimSiam (arXiv 2011.10566)",
+}
+"""What pages call them."""
+PREDICTOR_WIDTH = 512
+"""SimSiam's own (Chen and He 2021, section 3)."""
 
 
 class ShardFolder(Settings):
@@ -89,6 +101,8 @@ class Model(Settings):
     context: bool = True
     local: LocalHead = LocalHead()
     projector: Projector = Projector()
+    predictor_width: Count | None = None
+    """Hidden width of SimSiam's predictor on the global embedding; None: there is none."""
 
     @model_validator(mode="after")
     def _levels(self) -> Model:
@@ -116,6 +130,20 @@ class Loss(Settings):
 
     The mean divides by the number of levels, not by the sum of the weights.
     """
+    redundancy: NonNegative = 5e-3
+    """Barlow Twins: the factor of what is off the diagonal."""
+    temperature: Positive = 0.1
+    """SimCLR: what the cosines are divided by."""
+
+
+LOSS_KEYS: dict[Method, tuple[str, ...]] = {
+    "mlvicx": ("global", "local", "lambda_local", "level_weights"),
+    "vicreg": ("global",),
+    "barlow_twins": ("redundancy",),
+    "simclr": ("temperature",),
+    "simsiam": (),
+}
+"""What of `loss` each method reads."""
 
 
 class Train(Settings):
@@ -185,10 +213,14 @@ class Run(Settings):
 
 
 class PretrainConfig(Settings):
-    """`kind: pretrain`."""
+    """`kind: pretrain`.
+
+    A `method` other than mlvicx has the global projector alone: where the settings do not say so,
+    it takes the levels and the context off, and gives SimSiam its predictor.
+    """
 
     kind: Literal["pretrain"]
-    method: Literal["mlvicx"] = "mlvicx"
+    method: Method = "mlvicx"
     run: Run
     data: PretrainData
     views: Views = Views()
@@ -197,6 +229,42 @@ class PretrainConfig(Settings):
     train: Train = Train()
     workers: Workers = Workers()
     checkpoint: Checkpoints = Checkpoints()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("method", "mlvicx") == "mlvicx":
+            return tree
+        model = tree.get("model", {})
+        if not isinstance(model, dict):
+            return tree
+        implied: dict[str, Any] = {"levels": [], "context": False}
+        if tree["method"] == "simsiam":
+            implied["predictor_width"] = PREDICTOR_WIDTH
+        return {**tree, "model": implied | model}
+
+    @model_validator(mode="after")
+    def _method(self) -> PretrainConfig:
+        if self.method != "mlvicx" and (self.model.levels or self.model.context):
+            raise ValueError(
+                f"method {self.method} has no levels and no context: set model.levels=[] and "
+                "model.context=false, or leave both out"
+            )
+        if (self.model.predictor_width is not None) != (self.method == "simsiam"):
+            raise ValueError(
+                "model.predictor_width belongs to method simsiam, which needs it: leave it out"
+            )
+        # Not which keys were given: the settings of a run are written with all of them.
+        usual = Loss()
+        for name, field in Loss.model_fields.items():
+            key = field.alias or name
+            if key not in LOSS_KEYS[self.method] and getattr(self.loss, name) != getattr(
+                usual, name
+            ):
+                raise ValueError(
+                    f"loss.{key} has no effect with method {self.method}: leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _weights(self) -> PretrainConfig:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mlvicx_dist.config import Model
+from mlvicx_dist.config import METHODS, Model
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.levels import GatedBackbone
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
@@ -185,10 +185,13 @@ def load_export(folder: Path) -> Encoder:
 
 def _card(encoder: Encoder, evidence: dict[str, Any]) -> str:
     """The model card: what the encoder is, how it is used, what was measured."""
+    method = METHODS.get(evidence.get("method") or "", "not told by its source")
     return f"""# {encoder.settings.backbone}, pretrained on chest radiographs without labels
 
-Method: MLVICX (arXiv 2403.11504). Input: grey radiographs of about {encoder.image_size_px} px,
-uint8 or float in [0, 1]; normalisation is inside. Output: {encoder.features} numbers an image.
+Method: {method}.
+
+Input: grey radiographs of about {encoder.image_size_px} px, uint8 or float in [0, 1]; normalisation
+is inside. Output: {encoder.features} numbers an image.
 
     import mlvicx_dist
     encoder = mlvicx_dist.load_encoder("this/folder")

@@ -83,3 +83,13 @@ def projector(settings: ProjectorSettings, features: int) -> nn.Sequential:
     if settings.last_norm:
         layers.append(nn.BatchNorm1d(settings.width))
     return nn.Sequential(*layers)
+
+
+def predictor(width: int, features: int) -> nn.Sequential:
+    """SimSiam's, from an embedding to one as wide: linear, batch norm, ReLU, linear."""
+    return nn.Sequential(
+        nn.Linear(features, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, features),
+    )

@@ -1,4 +1,7 @@
-"""The model that is pretrained: gated backbone, global projector, local head and projectors."""
+"""The model that is pretrained: gated backbone, global projector, local head and projectors.
+
+The baselines are the same without local head, SimSiam with a predictor.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import nn
 
 from mlvicx_dist.config import Model
-from mlvicx_dist.model.heads import LocalHead, projector
+from mlvicx_dist.model.heads import LocalHead, predictor, projector
 from mlvicx_dist.model.levels import GatedBackbone
 
 
@@ -31,12 +34,18 @@ class MLVICX(nn.Module):
                 for name in self.local_names
             }
         )
+        self.predictor = (
+            predictor(settings.predictor_width, settings.projector.width)
+            if settings.predictor_width
+            else None
+        )
 
     def forward(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
         """A normalised view [B, C, H, W] to embeddings [B, D] by the name of their term.
 
         Returns:
-            `global`, and `local` or one `level<n>` for each chosen level.
+            `global`; `local` or one `level<n>` for each chosen level; `prediction` where there is
+            a predictor.
         """
         return self.project(self.encoder(view))
 
@@ -51,6 +60,8 @@ class MLVICX(nn.Module):
             vectors = self.local_head([maps[level] for level in self.encoder.levels])
             for name, vector in zip(self.local_names, vectors, strict=True):
                 embeddings[name] = self.local_projectors[name](vector)
+        if self.predictor:
+            embeddings["prediction"] = self.predictor(embeddings["global"])
         return embeddings
 
 

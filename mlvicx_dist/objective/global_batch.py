@@ -183,14 +183,18 @@ def _gathered_narrow(
     narrow = [z for z in own if sum(shares) < z.shape[1]]
     if world_size() == 1 or not narrow:
         return [z if sum(shares) < z.shape[1] else None for z in own]
-    mine = torch.cat(narrow, 1)
+    whole = torch.cat(gathered(torch.cat(narrow, 1), shares))
+    pieces = iter(whole.split([z.shape[1] for z in narrow], 1))
+    return [next(pieces) if sum(shares) < z.shape[1] else None for z in own]
+
+
+def gathered(mine: torch.Tensor, shares: Sequence[int]) -> list[torch.Tensor]:
+    """The rows of each rank, [n_r, D], without gradient; a rank may have more than another."""
     padded = mine.new_zeros(max(shares), mine.shape[1])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in shares]
     dist.all_gather(parts, padded)
-    whole = torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
-    pieces = iter(whole.split([z.shape[1] for z in narrow], 1))
-    return [next(pieces) if sum(shares) < z.shape[1] else None for z in own]
+    return [part[:share] for part, share in zip(parts, shares, strict=True)]
 
 
 def weighted_loss(terms: Mapping[str, Terms], settings: Loss) -> torch.Tensor:

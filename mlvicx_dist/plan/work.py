@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.config import Method, PretrainConfig
+from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.stream.augment import blur_reaches
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 
@@ -115,6 +116,7 @@ class Work:
         parameters: Numbers that the model has.
         trained: Numbers of them that are trained.
         widths: D of each embedding, both views.
+        method: Whose loss it is.
     """
 
     rows: int
@@ -124,6 +126,7 @@ class Work:
     parameters: int
     trained: int
     widths: tuple[int, ...]
+    method: Method = "mlvicx"
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -163,7 +166,11 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
     widths = tuple(x.shape[1] for x in embeddings)
     rest = [
         *photometric_ops(config, rows),
-        *loss_ops(rows, config.train.batch_size, widths),
+        *(
+            baseline_ops(config.method, config.train.batch_size, widths[0])
+            if config.method in FROM_LIBRARY
+            else loss_ops(rows, config.train.batch_size, widths)
+        ),
         Op(OPTIMIZER, 0, OPTIMIZER_PASSES[config.train.optimizer] * FLOAT_BYTES * trained),
     ]
     return Work(
@@ -174,6 +181,7 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         sum(p.numel() for p in model.parameters()),
         trained,
         widths,
+        config.method,
     )
 
 
@@ -192,6 +200,26 @@ def loss_ops(rows: int, batch: int, widths: Sequence[int]) -> list[Op]:
         sizes = rows * width + other * width + rows * other
         ops += 2 * [Op("mm", 2.0 * rows * other * width, float(FLOAT_BYTES * sizes))]
     return ops
+
+
+def baseline_ops(method: Method, batch: int, width: int) -> list[Op]:
+    """A baseline's loss, forward and backward: each worker computes that of the whole batch.
+
+    Args:
+        method: One of `FROM_LIBRARY`.
+        batch: The global batch N.
+        width: D of an embedding.
+    """
+    rows, square, pairs = batch * width, width**2, batch**2
+    if method == "barlow_twins":
+        passes, sizes = 11 * rows + 32 * square, 2 * rows + square
+        products = 3 * [Op("mm", 2.0 * batch * square, float(FLOAT_BYTES * sizes))]
+    elif method == "simclr":
+        passes, sizes = 81 * rows + 82 * pairs, 2 * rows + pairs
+        products = 12 * [Op("bmm", 2.0 * width * pairs, float(FLOAT_BYTES * sizes))]
+    else:
+        passes, products = 69 * rows, []
+    return [Op("mul", 0, float(FLOAT_BYTES * passes)), *products]
 
 
 def photometric_ops(config: PretrainConfig, rows: int) -> list[Op]:
@@ -235,6 +263,14 @@ class Exchange:
 
 def exchange_of(work: Work, batch: int) -> Exchange:
     """What a step exchanges; batch norm gathers statistics forward and sums gradients backward."""
+    if work.method in FROM_LIBRARY:
+        return Exchange(
+            gradient_bytes=FLOAT_BYTES * work.trained,
+            loss_bytes=0,
+            gathered_bytes=FLOAT_BYTES * batch * sum(work.widths),
+            gathers=work.times(NORM) + len(work.widths),
+            reductions=work.times(NORM_BACKWARD),
+        )
     narrow = [width for width in work.widths if batch < width]
     wide = [width for width in work.widths if batch >= width]
     return Exchange(

@@ -19,7 +19,8 @@ def of_run(rows: Sequence[Row], heads: Sequence[str]) -> list[Chart]:
     charts = [_lines("Loss", "loss", rows, {"loss": "loss"})]
     for head in heads:
         keys = {term: f"{head}/{term}_weighted" for term in TERMS}
-        charts.append(_lines(f"Weighted terms, {head}", "weighted term", rows, keys))
+        if keys["variance"] in rows[-1]:
+            charts.append(_lines(f"Weighted terms, {head}", "weighted term", rows, keys))
     stds = {head: f"{head}/std" for head in heads}
     charts += [
         _lines("Standard deviation of the embeddings", "std", rows, stds),

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mlvicx_dist.config import PretrainConfig, parse_config, parse_yaml, to_tree
+from mlvicx_dist.config import METHODS, PretrainConfig, parse_config, parse_yaml, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, UserError
 from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.progress import duration
@@ -44,6 +44,7 @@ def of_run(run_dir: Place) -> dict[str, Any]:
     return {
         "run_dir": run_dir,
         "config": config,
+        "method": METHODS[config.method],
         "changed": _changed(config),
         "settings": yaml.safe_dump(to_tree(config), sort_keys=False),
         "state": _state(run_dir, rows),
@@ -97,8 +98,8 @@ def _median(values: list[float]) -> float:
 
 def _heads(rows: list[dict[str, float]]) -> list[str]:
     """The heads that the rows speak of, the global one first."""
-    names = {key.split("/")[0] for row in rows[-1:] for key in row if key.endswith("/variance")}
-    return sorted(names, key=lambda name: (name != "global", name))
+    names = {key.split("/")[0] for row in rows[-1:] for key in row if key.endswith("/std")}
+    return sorted(names - {"encoder"}, key=lambda name: (name != "global", name))
 
 
 def _changed(config: PretrainConfig) -> list[tuple[str, Any, Any]]:

@@ -360,6 +360,11 @@ def training_seed(path: Place) -> int:
     return 0 if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).train.seed
 
 
+def training_method(path: Place) -> str | None:
+    """The method of the run that a checkpoint comes from; None for an export: it does not tell."""
+    return None if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).method
+
+
 def local_folder(folder: Place) -> Path:
     """An export folder as a local one.
 

@@ -322,10 +322,11 @@ class _Shown:
         terms = ", ".join(
             f"{name} {row[name]:.3g}" for name in row if name.endswith("_weighted")
         ).replace("_weighted", "")
+        terms = f" ({terms})" if terms else ""
         self._bar.advance(
             max(step - self._step, 0),
             f"{row['images_per_s']:.0f} images/s, data wait {row['data_wait']:.0%}, "
-            f"loss {row['loss']:.4g} ({terms})",
+            f"loss {row['loss']:.4g}{terms}",
         )
         self._step = max(step, self._step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mlvicx_dist.config import PretrainConfig, to_tree
+from mlvicx_dist.config import LOSS_KEYS, PretrainConfig, to_tree
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.storage import Place, read_bytes, write_whole
 from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy, local_folder
@@ -29,6 +29,7 @@ def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
     for section, keys in NOT_MATHEMATICS.items():
         for key in keys:
             tree[section].pop(key, None)
+    tree["loss"] = {key: tree["loss"][key] for key in LOSS_KEYS[config.method]}
     tree["data"]["shards"] = [
         {"manifest": manifest, "weight": folder.weight}
         for manifest, folder in zip(manifests, config.data.shards, strict=True)

@@ -163,12 +163,14 @@ def check_model(config: PretrainConfig) -> int:
     """Build the model without memory, and count its parameters.
 
     Raises:
-        ConfigError: the backbone or a level does not exist.
+        ConfigError: the backbone or a level does not exist, or the method's loss is not installed.
     """
     import torch
 
     from mlvicx_dist.model.mlvicx import build_model
+    from mlvicx_dist.objective.baselines import check_library
 
+    check_library(config.method)
     with torch.device("meta"):
         model = build_model(config.model.model_copy(update={"init": "random"}), 0)
     there = model.encoder.levels

@@ -22,9 +22,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.config import Method, PretrainConfig
 from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.model.mlvicx import MLVICX
+from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 
@@ -105,7 +106,12 @@ def _step_peak(model: MLVICX, config: PretrainConfig, rows: int) -> int:
                 parameter.grad = torch.empty_like(parameter)
         _images, views = views_of(config, rows)
         embeddings = embed(model, config, views)
-        terms = torch.empty(_terms_bytes(embeddings, batch), dtype=torch.uint8)
+        count = (
+            baseline_bytes(config.method, rows, batch, embeddings[0].shape[1])
+            if config.method in FROM_LIBRARY
+            else _terms_bytes(embeddings, batch)
+        )
+        terms = torch.empty(count, dtype=torch.uint8)
         del terms
         model.zero_grad(set_to_none=True)
         back(embeddings)
@@ -126,6 +132,29 @@ def _terms_bytes(embeddings: Sequence[torch.Tensor], batch: int) -> int:
             numbers += width**2
         else:
             numbers += rows * batch + (2 * batch * width if rows < batch else 0)
+    return 4 * numbers
+
+
+def baseline_bytes(method: Method, rows: int, batch: int, width: int) -> int:
+    """The most that a baseline's loss holds at once for its own use, see `baseline_loss`.
+
+    At most, by what lived in real calls in float32; each rank holds the whole batch.
+
+    Args:
+        method: One of `FROM_LIBRARY`.
+        rows: A worker's rows of the batch.
+        batch: The global batch N.
+        width: D of an embedding.
+    """
+    if method == "barlow_twins":
+        pieces, numbers = 2, 4 * batch * width + 4 * width**2
+    elif method == "simclr":
+        pieces, numbers = 2, 6 * batch * width + 17 * batch**2
+    else:
+        pieces, numbers = 4, 6 * batch * width
+    if rows < batch:
+        # The pieces as they were gathered, and the parts of the one that is being put together.
+        numbers += (pieces + 2) * batch * width
     return 4 * numbers
 
 

@@ -156,8 +156,11 @@ class Saver:
         # The export first: where the last checkpoint stands, its export stands too.
         if export:
             folder = self.run_dir / "exports" / f"step-{done:08d}"
-            save_export(self._encoder(), folder, {"run": self.config.run.name, "step": done})
+            save_export(self._encoder(), folder, self._evidence(done))
         return save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
+
+    def _evidence(self, done: int) -> dict[str, Any]:
+        return {"method": self.config.method, "run": self.config.run.name, "step": done}
 
     def _encoder(self) -> Encoder:
         """The encoder of the copy; no number is drawn for it, since training may draw some."""

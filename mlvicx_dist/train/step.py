@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from mlvicx_dist.config import Loss, PretrainConfig, VicWeights
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
+from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.global_batch import (
     convert_batch_norm,
     ddp_scale,
@@ -125,16 +126,29 @@ def train_step(
         embeddings1, embeddings2, representation = model(first, second)
     with part("loss"):
         shares = rank_shares(config.train.batch_size, member.world_size)
-        terms, spreads = global_terms(embeddings1, embeddings2, shares=shares)
-        loss = weighted_loss(terms, config.loss)
+        named = loss_of(config, embeddings1, embeddings2, shares)
     with part("backward"):
         optimizer.zero_grad(set_to_none=True)
-        (loss * ddp_scale()).backward()
+        (named["loss"] * ddp_scale()).backward()
     with part("optimizer"):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-    return named_terms(loss, terms, spreads, config.loss), representation
+    return named, representation
+
+
+def loss_of(
+    config: PretrainConfig,
+    first: Mapping[str, torch.Tensor],
+    second: Mapping[str, torch.Tensor],
+    shares: Sequence[int],
+) -> dict[str, torch.Tensor]:
+    """The `loss` of the method over the global batch, whose backward is dL/dz_r, and its terms."""
+    if config.method in FROM_LIBRARY:
+        loss, spread = baseline_loss(config.method, first, second, config.loss, shares=shares)
+        return {"loss": loss, "global/std": spread}
+    terms, spreads = global_terms(first, second, shares=shares)
+    return named_terms(weighted_loss(terms, config.loss), terms, spreads, config.loss)
 
 
 def named_terms(

@@ -5,14 +5,16 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlvicx_dist.config import Loss, Model, Train
+from mlvicx_dist.config import Loss, Model, Train, parse_config
 from mlvicx_dist.model.mlvicx import build_model
-from mlvicx_dist.objective import global_batch
+from mlvicx_dist.objective import baselines, global_batch
+from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.global_batch import convert_batch_norm, global_terms, weighted_loss
 from mlvicx_dist.plan.work import (
     FLOAT_BYTES,
     OPTIMIZER_PASSES,
     Counter,
+    baseline_ops,
     count_work,
     exchange_of,
     loss_ops,
@@ -119,6 +121,48 @@ def test_the_terms_of_the_loss_compute_and_move_what_their_formula_says(rows, wi
     assert sum(op.flops for op in foretold) == sum(op.flops for op in counter.ops)
     moved = sum(op.moved_bytes for op in counter.ops)
     assert sum(op.moved_bytes for op in foretold) == pytest.approx(moved, rel=0.15)
+
+
+@pytest.mark.parametrize("method", FROM_LIBRARY)
+@pytest.mark.parametrize(("batch", "width"), [(48, 96), (192, 48)])
+def test_a_baselines_loss_computes_and_moves_what_its_formula_says(method, batch, width):
+    views = [
+        {name: torch.randn(batch, width, requires_grad=True) for name in ("global", "prediction")}
+        for _ in range(2)
+    ]
+    with Counter() as counter:
+        loss, _ = baseline_loss(method, *views, Loss(), shares=[batch])
+        loss.backward()
+    foretold = baseline_ops(method, batch, width)
+    assert sum(op.flops for op in foretold) == sum(op.flops for op in counter.ops)
+    moved = sum(op.moved_bytes for op in counter.ops)
+    assert sum(op.moved_bytes for op in foretold) == pytest.approx(moved, rel=0.15)
+
+
+@pytest.mark.parametrize("method", FROM_LIBRARY)
+def test_a_baseline_gathers_its_embeddings(config, monkeypatch, method):
+    settings = config(train__batch_size=8).model_dump(by_alias=True)
+    settings["model"] = {"backbone": "test_resnet", "projector": {"width": 16}}
+    settings = parse_config(settings | {"method": method}, "test")
+    gathered = []
+
+    def gather(parts, own):
+        gathered.append(len(parts) * own.nbytes)
+        for part in parts:
+            part.copy_(own)
+
+    monkeypatch.setattr(global_batch, "world_size", lambda: 2)
+    monkeypatch.setattr(baselines, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_gather", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: None)
+    model = convert_batch_norm(build_model(settings.model, 0), torch.device("cpu"))
+    first, second, _ = TwoViews(model)(*torch.rand(2, 4, 1, 32, 32))
+    norms = len(gathered)
+    baseline_loss(method, first, second, settings.loss, shares=[4, 4])
+    exchange = exchange_of(count_work(settings, 4), 8)
+    assert exchange.gathers == len(gathered)
+    assert exchange.gathered_bytes == sum(gathered[norms:])
 
 
 @pytest.mark.parametrize("width", [16, 4])

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlvicx_dist.config import Model, load_as, parse_config, to_tree
+from mlvicx_dist.config import Loss, Model, load_as, parse_config, to_tree
 from mlvicx_dist.config import PretrainConfig as Config
 from mlvicx_dist.errors import ConfigError, ResourceError
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.train import memory
 from mlvicx_dist.train.memory import check_memory, needed_bytes
 
@@ -176,3 +177,24 @@ def test_a_backbone_whose_maps_do_not_fit_is_one_sentence(capfd):
     ) as error:
         needed_bytes(settings, 2)
     assert ".)" not in str(error.value) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("method", FROM_LIBRARY)
+@pytest.mark.parametrize(("batch", "width"), [(256, 64), (64, 512), (128, 128)])
+def test_a_baselines_loss_holds_what_is_foretold(method, batch, width):
+    heads = [torch.randn(batch, width, requires_grad=True) for _ in range(4)]
+    first, second = ({"global": a, "prediction": b} for a, b in (heads[:2], heads[2:]))
+    with memory._Live(torch.nn.ParameterList(heads)) as live:
+        baseline_loss(method, first, second, Loss(), shares=[batch])[0].backward()
+    foretold = memory.baseline_bytes(method, batch, batch, width)
+    assert 0.95 * live.peak <= foretold <= 1.7 * live.peak
+
+
+@pytest.mark.parametrize("method", FROM_LIBRARY)
+def test_the_memory_of_a_baseline_is_foretold(method):
+    tree = to_tree(config())
+    tree["model"] = {"projector": {"width": 512}}
+    alone, shared = (
+        needed_bytes(parse_config(tree | {"method": method}, "the test"), rows) for rows in (24, 12)
+    )
+    assert 0 < shared < alone
