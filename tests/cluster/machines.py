@@ -42,7 +42,8 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
-mount --bind {own}/tmp /tmp
+{keep}
+mount --rbind {own}/tmp /tmp
 mount --bind {own}/passwd /etc/passwd
 mount --bind {own}/hosts /etc/hosts
 hostname {name}
@@ -104,6 +105,7 @@ class Machine:
         """Switch it on."""
         boot = BOOT.format(
             own=self.own,
+            keep=self._kept(),
             name=self.name,
             address=self.address,
             laptop=LAPTOP,
@@ -138,6 +140,13 @@ class Machine:
             if time.monotonic() > until:
                 raise AssertionError(f"{self.name}: {(self.own / 'sshd.log').read_text()}")
             time.sleep(0.1)
+
+    def _kept(self):
+        """A checkout below /tmp is there in the machine's own one too."""
+        if not ROOT.is_relative_to("/tmp"):
+            return ""
+        (self.own / ROOT.relative_to("/")).mkdir(parents=True, exist_ok=True)
+        return f"mount --bind {ROOT} {self.own / ROOT.relative_to('/')}"
 
     @property
     def ssh(self):
