@@ -80,7 +80,8 @@ def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(slurm):
     assert process.wait(timeout=120) == 143, words(log)
     assert (slurm.folder / "scontrol").read_text() == "requeue 7\n"
     assert slurm.checkpoints("long")
-    assert "(rank 0 on node1, 1 on node2)" in words(log) and "nothing is lost" in words(log)
+    assert "(rank 0 on node1, 1 on node2)" in words(log), words(log)
+    assert "nothing is lost" in words(log), words(log)
 
 
 def test_a_job_that_ends_by_itself_is_not_queued_again(slurm):
