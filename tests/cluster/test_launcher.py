@@ -138,6 +138,11 @@ def test_only_ssh_and_the_cluster_itself_can_be_reached(cluster):
     assert stranger.returncode
 
 
+def test_a_command_runs_on_the_head(cluster):
+    said = cluster.ray("exec", cluster.file, "ray status").stdout
+    assert "6.0 CPU" in said
+
+
 def test_doctor_looks_at_every_node(cluster):
     said = cluster.job("doctor", cluster.lan.config("look", workers=3)).stdout
     assert "ok    nodes       10.77.0.1, 10.77.0.2, 10.77.0.3: 6 cores" in said
