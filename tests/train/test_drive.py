@@ -49,3 +49,15 @@ def test_machines_that_a_quota_refuses_are_told_once(monkeypatch):
     assert said == [f"the autoscaler was refused {words}"]
     monkeypatch.setattr(sdk, "get_cluster_status", lambda address: 1 / 0)
     assert refused_launches() == []
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [({"global/variance_weighted": 3.0}, "loss 4 (global/variance 3)"), ({}, "loss 4")],
+)
+def test_a_row_is_shown_with_the_terms_that_it_has(terms, words):
+    told = []
+    bar = SimpleNamespace(advance=lambda count, note: told.append((count, note)))
+    row = {"step": 2, "loss": 4.0, "images_per_s": 100.0, "data_wait": 0.02, **terms}
+    drive._Shown(bar, lambda row: None)(row)
+    assert told == [(2, f"100 images/s, data wait 2%, {words}")]
