@@ -8,7 +8,7 @@ from typing import Any
 
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import save_export
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_method
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_settings
 
 
 def export(source: str | Path, out: str | Path) -> Path:
@@ -23,7 +23,8 @@ def export(source: str | Path, out: str | Path) -> Path:
     if out.exists():
         raise CheckpointError(f"{out}: this folder exists already; give one that does not.")
     weights = find_weights(source)
-    known = {"method": training_method(weights), **evidence(weights)}
+    settings = training_settings(weights)
+    known = {"method": settings.method if settings else None, **evidence(weights)}
     save_export(load_encoder(weights), out, known)
     return out
 

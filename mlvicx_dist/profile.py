@@ -20,10 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.errors import ConfigError, TrainingError
+from mlvicx_dist.errors import ConfigError, DataError, TrainingError
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import on_cluster, scratch
-from mlvicx_dist.storage import write_whole
+from mlvicx_dist.storage import told, write_whole
 from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.train.drive import cluster, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
@@ -105,6 +105,8 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
     config, out = absolute(config), Path(out)
     if config.workers.min:
         raise ConfigError("workers.min: a profile is of one size of the group; leave it out.")
+    if not out.parent.is_dir():
+        raise _unwritten(out, f"there is no folder {out.parent}")
     check_workers(config)
     check_model(config)
     open_shards(config)
@@ -117,8 +119,15 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
             fit = trainer(profile_worker, plan, config, channel, folder)
             with watching(channel, lambda row: bar.advance(int("step" in row))):
                 found = _fitted(fit)
-    write_whole(out, found.pop("trace"))
+    try:
+        write_whole(out, found.pop("trace"))
+    except OSError as error:
+        raise _unwritten(out, told(error)) from None
     return Profile(config.workers.num, config.train.batch_size, trace=out, **found)
+
+
+def _unwritten(out: Path, why: str) -> DataError:
+    return DataError(f"{out}: the trace cannot be written ({why}); give another path with --out.")
 
 
 def _fitted(fit: Any) -> dict[str, Any]:

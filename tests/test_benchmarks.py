@@ -1,12 +1,8 @@
 """The page of results keeps what it is not to change."""
 
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import run
 
 

@@ -59,6 +59,15 @@ def test_a_stopwatch_tells_steps_apart():
     assert watch.steps() == []
 
 
+def test_a_trace_that_cannot_be_written_is_one_sentence_before_anything_runs(config, capsys):
+    assert main(["profile", str(config), "--out", "/absent/trace.json.gz"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == (
+        "mlvicx: /absent/trace.json.gz: the trace cannot be written (there is no folder /absent); "
+        "give another path with --out."
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

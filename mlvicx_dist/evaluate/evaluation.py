@@ -30,7 +30,7 @@ from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import untrained
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import write_whole
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_seed
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_settings
 
 ENCODERS = ("pretrained", "untrained")
 CURVE_POINTS = 200
@@ -53,8 +53,10 @@ def evaluate_checkpoint(
     run_dir = weights.parent.parent
     folder = Path(out) if out else run_dir / "evaluations"
     encoder = load_encoder(weights)
+    trained = training_settings(weights)
+    bare = untrained(encoder, trained.train.seed if trained else 0)
     embeddings = embed_shards(
-        [encoder, untrained(encoder, training_seed(weights)), Pixels()],
+        [encoder, bare, Pixels()],
         settings.data.shards,
         splits=list(dict.fromkeys([settings.data.train, settings.data.val, settings.data.test])),
         size_px=settings.embedding.image_size_px,

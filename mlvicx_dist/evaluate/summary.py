@@ -37,10 +37,13 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _heading(name: str, count: str, last: str = f"{'difference':>23}") -> str:
+    return f"{name:{NAME}} {count:>9} {'pretrained':>20}  {'untrained':>20}  {last}"
+
+
 def _areas(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{'class':{NAME}} {'positives':>9} {'pretrained':>20}  {'untrained':>20}"
-        f"  {'difference':>23}"
+        _heading("class", "positives"),
     ]
     for name in [*result["classes"], "mean"]:
         cells = compared(result["probe"], name)
@@ -50,8 +53,7 @@ def _areas(result: Mapping[str, Any]) -> list[str]:
 
 def _precision(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{'class':{NAME}} {'positive':>9} {'pretrained':>20}  {'untrained':>20}"
-        f"  {'ECE':>5}  {'Brier':>5}  {'p':>6}"
+        _heading("class", "positive", f"{'ECE':>5}  {'Brier':>5}  {'p':>6}"),
     ]
     shares = result["shares"]
     for name in [*result["classes"], "mean"]:
@@ -73,8 +75,7 @@ def _few_labels(result: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         "Few labels, mean AUROC; intervals over draws and patients; * without classes named below.",
-        f"{'patients':{NAME}} {'draws':>9} {'pretrained':>20}  {'untrained':>20}"
-        f"  {'difference':>23}",
+        _heading("patients", "draws"),
     ]
     for one in shares:
         cells = compared(one, None) if "difference" in one else "no class with both labels"
@@ -94,8 +95,7 @@ def _subgroups(result: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         "Subgroups, mean AUROC; * without classes that it cannot judge, named below.",
-        f"{'subgroup':{NAME}} {'images':>9} {'pretrained':>20}  {'untrained':>20}"
-        f"  {'difference':>23}",
+        _heading("subgroup", "images"),
     ]
     for name, one in groups.items():
         cells = compared(one, "mean") if "difference" in one else "no class with both labels"

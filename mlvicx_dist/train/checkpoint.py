@@ -355,14 +355,9 @@ def load_encoder(path: str | Place) -> Encoder:
     return Encoder.from_model(model, config.views.image_size_px).eval()
 
 
-def training_seed(path: Place) -> int:
-    """The seed of the run that a checkpoint comes from; 0 for an export, which does not tell."""
-    return 0 if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).train.seed
-
-
-def training_method(path: Place) -> str | None:
-    """The method of the run that a checkpoint comes from; None for an export: it does not tell."""
-    return None if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path).method
+def training_settings(path: Place) -> PretrainConfig | None:
+    """Those of the run that a checkpoint comes from; None for an export, which does not tell."""
+    return None if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path)
 
 
 def local_folder(folder: Place) -> Path:

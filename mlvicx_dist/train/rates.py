@@ -10,12 +10,12 @@ import torch
 
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.augment import PARAMETERS
-from mlvicx_dist.stream.loader import Batch, Steps
+from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.optim import make_optimizer
-from mlvicx_dist.train.step import Member, TwoViews, train_step
+from mlvicx_dist.train.source import steps_of
+from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step
 
 LOADING_S = 1.0
 LOADED = 64
@@ -28,14 +28,8 @@ def loader_rate(config: PretrainConfig, shards: ShardSet) -> float:
     Raises:
         UserError: a shard cannot be read, or the batch is larger than the data.
     """
-    steps = Steps(
-        shards,
-        config.views,
-        batch=config.train.batch_size,
-        seed=config.train.seed,
-        rank=0,
-        world_size=max(config.workers.num, math.ceil(config.train.batch_size / LOADED)),
-    )
+    workers = max(config.workers.num, math.ceil(config.train.batch_size / LOADED))
+    steps = steps_of(config, shards, Member(0, workers, torch.device("cpu")))
     step, count, began = 0, 0, time.perf_counter()
     while not count or time.perf_counter() - began < LOADING_S:
         batch = steps[step % steps.steps_per_epoch]
@@ -53,12 +47,14 @@ def training_step(config: PretrainConfig, rows: int, device: torch.device) -> Ca
         rows: Images of each view.
         device: Where it runs; on a GPU a call returns before the step is done.
     """
-    train = config.train.model_copy(update={"batch_size": rows})
-    alone = config.model_copy(update={"train": train})
-    model = build_model(config.model.model_copy(update={"init": "random"}), 0)
-    if config.train.recompute:
-        model.encoder.recompute()
-    views, optimizer = TwoViews(model.to(device)), make_optimizer(model, config.train)
+    train = config.train.model_copy(update={"batch_size": rows, "init_from": None})
+    random = config.model.model_copy(update={"init": "random"})
+    alone, member = (
+        config.model_copy(update={"train": train, "model": random}),
+        Member(0, 1, device),
+    )
+    model = make_model(alone, member)
+    views, optimizer = TwoViews(model), make_optimizer(model, train)
     size = config.views.image_size_px
     # All parameters 1: no brightness, and each view blurred by a pixel and solarised.
     batch = Batch(
@@ -69,6 +65,6 @@ def training_step(config: PretrainConfig, rows: int, device: torch.device) -> Ca
     )
 
     def step() -> None:
-        train_step(views, optimizer, batch, 1e-6, alone, Member(0, 1, device))
+        train_step(views, optimizer, batch, 1e-6, alone, member)
 
     return step
