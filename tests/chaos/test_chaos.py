@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos.run import BATCH, EVERY, Attacked
+from attacked import BATCH, EVERY, Attacked
 from samples import check_epochs, trajectory
 
 from mlvicx_dist.ingest.shards import read_manifest
