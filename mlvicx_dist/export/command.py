@@ -8,8 +8,8 @@ from typing import Any
 
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.export import onnx_file, timm_weights
-from mlvicx_dist.export.evidence import evaluation_lines
-from mlvicx_dist.model.export_folder import EXPORT_FILES, save_export, training_of
+from mlvicx_dist.export.evidence import NONE, evaluation_lines
+from mlvicx_dist.model.export_folder import EXPORT_FILES, known_of, save_export
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, place, reaching, told
 from mlvicx_dist.train.card import model_card, training_record
@@ -55,8 +55,7 @@ def export(source: str | Path, out: str | Path, *, onnx: bool = False) -> Export
     _check_empty(folder)
     weights = find_weights(source)
     encoder = load_encoder(weights)
-    training = _training(weights)
-    evaluation = evaluation_lines(weights)
+    known = _known(weights)
     more: dict[str, bytes] = {}
     words: list[str] = []
     data, word = timm_weights.timm_weights(encoder)
@@ -68,16 +67,21 @@ def export(source: str | Path, out: str | Path, *, onnx: bool = False) -> Export
             more[onnx_file.FILE], free = onnx_file.onnx_bytes(encoder)
             bar.advance()
         words.append(onnx_file.words(encoder, free=free))
-    card = model_card(encoder, training, evaluation=evaluation, usage=words)
-    save_export(encoder, folder, card=card, training=training, more=more)
+    card = model_card(
+        encoder, known["training"], evaluation=known["evaluation"] or NONE, usage=words
+    )
+    save_export(encoder, folder, card=card, known=known, more=more)
     return Exported(folder, (*EXPORT_FILES, *more), tuple(words))
 
 
-def _training(weights: Place) -> dict[str, Any]:
+def _known(weights: Place) -> dict[str, Any]:
+    """How an encoder was trained, and the lines of its evaluations; empty where none is known."""
     if weights.is_dir():
-        return training_of(local_folder(weights))
-    state = read_checkpoint(local_copy(weights))
-    return training_record(settings_of(state, weights), state)
+        known = {"training": {}, "evaluation": [], **known_of(local_folder(weights))}
+    else:
+        state = read_checkpoint(local_copy(weights))
+        known = {"training": training_record(settings_of(state, weights), state), "evaluation": []}
+    return {**known, "evaluation": evaluation_lines(weights) or known["evaluation"]}
 
 
 def _check_empty(folder: Place) -> None:

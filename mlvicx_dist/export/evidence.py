@@ -13,7 +13,9 @@ NONE = ["Not evaluated."]
 
 
 def evaluation_lines(weights: Place) -> list[str]:
-    """The evaluations of a checkpoint or export in its run's folder; those of others are named.
+    """The evaluations of a checkpoint in its run's folder; those of other checkpoints are named.
+
+    Nothing where there are none, or where an export lies in no run: beside it may be anything.
 
     Raises:
         DataError: an evaluation cannot be read.
@@ -21,7 +23,7 @@ def evaluation_lines(weights: Place) -> list[str]:
     shown: list[str] = []
     others: list[str] = []
     name = weights.name.removesuffix(".pt")
-    for path in _files(weights.parent.parent / "evaluations"):
+    for path in _files(weights.parent.parent):
         try:
             with reaching(path):
                 result = json.loads(read_bytes(path))
@@ -35,19 +37,18 @@ def evaluation_lines(weights: Place) -> list[str]:
             raise DataError(
                 f"{path}: the evaluation cannot be read ({reason}); evaluate again, or remove it."
             ) from None
-    lines = shown or NONE
     if others:
-        lines = [
-            *lines,
-            "",
-            f"Evaluations of other checkpoints of this run, not shown: {', '.join(others)}.",
-        ]
-    return lines
+        words = f"Evaluations of other checkpoints of this run, not shown: {', '.join(others)}."
+        return [*(shown or [*NONE, ""]), words]
+    return shown
 
 
-def _files(folder: Place) -> list[Place]:
+def _files(run_dir: Place) -> list[Place]:
+    folder = run_dir / "evaluations"
     try:
         with reaching(folder):
+            if not (run_dir / "config.yaml").is_file():
+                return []
             found = [path for path in folder.iterdir() if path.name.endswith(".json")]
     except FileNotFoundError:
         return []

@@ -29,7 +29,7 @@ def save_export(
     folder: Place,
     *,
     card: str,
-    training: Mapping[str, Any],
+    known: Mapping[str, Any],
     more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an export; a local folder appears whole, in the place of one that was there.
@@ -38,7 +38,7 @@ def save_export(
         encoder: What is exported.
         folder: Where to, local or remote.
         card: The text of its README.md.
-        training: What `config.json` tells of the training; empty where nothing is known.
+        known: What `config.json` tells of it: `training`, `evaluation` (lines of the card).
         more: Further files by name.
 
     Raises:
@@ -47,15 +47,16 @@ def save_export(
     more = more or {}
     try:
         if is_local(folder):
-            _save(encoder, folder, card, training, more)
+            _save(encoder, folder, card, known, more)
             return
         with tempfile.TemporaryDirectory(prefix="mlvicx-export-") as scratch:
             local = Path(scratch) / "export"
-            _save(encoder, local, card, training, more)
+            _save(encoder, local, card, known, more)
             for name in (*more, *EXPORT_FILES):
                 write_whole(folder / name, (local / name).read_bytes())
     except (OSError, SafetensorError) as error:
-        reason = told(error) if isinstance(error, OSError) else str(error)
+        # The writer of safetensors says what the system said last.
+        reason = told(error) if isinstance(error, OSError) else str(error).rpartition(": ")[2]
         raise CheckpointError(
             f"{folder}: the export cannot be written ({reason}); free space, mend your access to "
             "it or choose another folder."
@@ -66,7 +67,7 @@ def _save(
     encoder: Encoder,
     folder: Path,
     card: str,
-    training: Mapping[str, Any],
+    known: Mapping[str, Any],
     more: Mapping[str, bytes],
 ) -> None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -74,7 +75,7 @@ def _save(
         "model": encoder.settings.model_dump(mode="json", by_alias=True),
         "image_size_px": encoder.image_size_px,
         "features": encoder.features,
-        "training": dict(training),
+        **known,
     }
     weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     try:
@@ -117,16 +118,17 @@ def load_export(folder: Path) -> Encoder:
     return encoder
 
 
-def training_of(folder: Path) -> dict[str, Any]:
-    """What an export tells of its training; empty where it tells nothing.
+def known_of(folder: Path) -> dict[str, Any]:
+    """What the `config.json` of an export tells of it, see `save_export`.
 
     Raises:
-        CheckpointError: its config.json is missing or damaged.
+        CheckpointError: it is missing or damaged.
     """
     try:
-        return dict(_description(folder).get("training", {}))
-    except (OSError, ValueError, TypeError) as error:
+        description = _description(folder)
+    except (OSError, ValueError) as error:
         raise CheckpointError(_no_export(folder, error)) from None
+    return {key: description[key] for key in ("training", "evaluation") if key in description}
 
 
 def _description(folder: Path) -> dict[str, Any]:

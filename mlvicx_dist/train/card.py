@@ -82,8 +82,17 @@ def model_card(
         std=std,
         evaluation=evaluation,
         usage=usage,
+        named=_named,
     )
 
 
 def _start(settings: Mapping[str, Any]) -> str:
     return ELSEWHERE if settings["train"]["init_from"] else STARTS[settings["model"]["init"]]
+
+
+def _named(values: Mapping[str, Any], form: str) -> str:
+    """Names and their values in a row, numbers with commas."""
+    return ", ".join(
+        form % (name, f"{value:,}" if isinstance(value, int) else value)
+        for name, value in values.items()
+    )

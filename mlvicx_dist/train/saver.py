@@ -160,7 +160,8 @@ class Saver:
         if export:
             folder = self.run_dir / "exports" / f"step-{done:08d}"
             encoder, training = self._encoder(), training_record(self.config, state)
-            save_export(encoder, folder, card=model_card(encoder, training), training=training)
+            card = model_card(encoder, training)
+            save_export(encoder, folder, card=card, known={"training": training})
         return save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
 
     def _encoder(self) -> Encoder:

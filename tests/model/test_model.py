@@ -262,7 +262,7 @@ def test_bytes_and_floats_one_channel_and_three_are_the_same_image(encoder):
 
 
 def test_an_export_comes_back_the_same(encoder, tmp_path):
-    save_export(encoder, tmp_path / "e", card="a card", training={"step": 3})
+    save_export(encoder, tmp_path / "e", card="a card", known={})
     images = torch.rand(2, 1, 64, 64)
     assert torch.equal(load_export(tmp_path / "e").eval()(images), encoder(images))
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
