@@ -106,8 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("run", help="the folder of the run or sweep")
 
     add = command("export", _export, "write an encoder as safetensors with its model card")
-    add.add_argument("checkpoint", help="a run or a checkpoint")
-    add.add_argument("--out", required=True, help="the folder to write")
+    add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
+    add.add_argument("--out", required=True, help="the folder to write; not there yet, or empty")
+    add.add_argument(
+        "--onnx",
+        action="store_true",
+        help="write encoder.onnx too, compared with PyTorch (needs 'mlvicx_dist[onnx]')",
+    )
 
     add = command(
         "verify", _verify, "check shards: digests, counts, every image, copies across splits"
@@ -259,12 +264,11 @@ def _report(options: argparse.Namespace) -> Answer:
 
 
 def _export(options: argparse.Namespace) -> Answer:
-    from mlvicx_dist.export import export
+    from mlvicx_dist.export.command import export
 
-    folder = export(options.checkpoint, options.out)
-    return Answer(
-        {"export": str(folder)}, [f"{folder}: encoder.safetensors, config.json, README.md"]
-    )
+    done = export(options.checkpoint, options.out, onnx=options.onnx)
+    document = {"export": str(done.folder), "files": list(done.files), "notes": list(done.words)}
+    return Answer(document, [f"{done.folder}: {', '.join(done.files)}", *done.words])
 
 
 def _verify(options: argparse.Namespace) -> Answer:

@@ -21,7 +21,9 @@ def test_the_files_that_a_page_links_to_exist(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["resume.md", "distributed.md", "sweeps.md", "evaluation.md"])
+@pytest.mark.parametrize(
+    "name", ["resume.md", "distributed.md", "sweeps.md", "evaluation.md", "export.md"]
+)
 def test_each_guarantee_names_its_test(name):
     text = (ROOT / "docs" / name).read_text()
     guaranteed = text.split("## What is guaranteed")[1].split("\n## ")[0]

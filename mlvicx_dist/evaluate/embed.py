@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -21,6 +20,7 @@ from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import progress
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.stream.whole import squared
 from mlvicx_dist.train.checkpoint import load_encoder
 
 
@@ -67,18 +67,6 @@ class WholeImages(Dataset[tuple[np.ndarray, dict[str, Any]] | UserError]):
             return image, {"key": self.shards.key(sample), **json.loads(self.shards.json(sample))}
         except UserError as error:
             return error
-
-
-def squared(image: np.ndarray, size_px: int) -> np.ndarray:
-    """An image resized to fit a black square, uint8 [H, W] -> [size_px, size_px]."""
-    height, width = image.shape
-    scale = size_px / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    square = np.zeros((size_px, size_px), np.uint8)
-    top, left = (size_px - size[1]) // 2, (size_px - size[0]) // 2
-    square[top : top + size[1], left : left + size[0]] = resized
-    return square
 
 
 def embed_shards(

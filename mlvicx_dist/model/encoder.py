@@ -1,27 +1,17 @@
-"""What others load: the gated backbone with its normalisation inside, and its export folder."""
+"""What others load: the gated backbone with its normalisation inside."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mlvicx_dist.config import METHODS, Model
+from mlvicx_dist.config import Model
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.levels import GatedBackbone
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.storage import Place, is_local, told, write_whole
-
-EXPORT_FILES = ("README.md", "encoder.safetensors", "config.json")
-"""An export folder; `config.json` is written last."""
+from mlvicx_dist.stream.loader import as_bytes
+from mlvicx_dist.stream.whole import squared
 
 NORMALISATION = {
     1: ((0.5,), (0.25,)),
@@ -64,10 +54,22 @@ class Encoder(nn.Module):
         """The encoder inside a model under training; the weights are shared."""
         return cls(model.encoder, model.settings, image_size_px)
 
+    @classmethod
+    def bare(cls, settings: Model, image_size_px: int) -> Encoder:
+        """An encoder whose weights are still to be loaded; no number of PyTorch's is used up."""
+        with torch.random.fork_rng(devices=[]):
+            backbone = GatedBackbone(settings.model_copy(update={"init": "random"}))
+        return cls(backbone, settings, image_size_px)
+
     @property
     def features(self) -> int:
         """F, the numbers of an embedding."""
         return self.backbone.channels[-1]
+
+    @property
+    def gated(self) -> list[str]:
+        """The levels that have a context bottleneck, by their numbers."""
+        return list(self.backbone.gates)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images.
@@ -79,6 +81,17 @@ class Encoder(nn.Module):
             float [B, F].
         """
         return self.levels(images)[-1].mean((2, 3))
+
+    def prepare(self, grey: np.ndarray) -> torch.Tensor:
+        """A radiograph as evaluation shows it: whole, aspect kept, padded to a square.
+
+        Args:
+            grey: uint8 or uint16 [H, W], air dark, such as `ingest.dicom.read_grey` gives.
+
+        Returns:
+            uint8 [1, 1, S, S], S = `image_size_px`.
+        """
+        return torch.from_numpy(squared(as_bytes(grey), self.image_size_px))[None, None]
 
     def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The gated maps of every level, [B, C_l, H_l, W_l] each."""
@@ -118,90 +131,3 @@ def load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], *, where:
             f"{len(wrong)} in all); give the settings that they were trained with."
         )
     module.load_state_dict(weights)
-
-
-def save_export(encoder: Encoder, folder: Place, evidence: dict[str, Any]) -> None:
-    """Write `encoder.safetensors`, `config.json` and a model card; a local folder appears whole.
-
-    Raises:
-        CheckpointError: the folder or store cannot be written.
-    """
-    if not is_local(folder):
-        with tempfile.TemporaryDirectory(prefix="mlvicx-export-") as scratch:
-            local = Path(scratch) / "export"
-            save_export(encoder, local, evidence)
-            try:
-                for name in EXPORT_FILES:
-                    write_whole(folder / name, (local / name).read_bytes())
-            except OSError as error:
-                raise CheckpointError(
-                    f"{folder}: the export cannot be written ({told(error)}); check "
-                    "your access to the store."
-                ) from None
-        return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-        save_file(weights, partial / "encoder.safetensors")
-        description = {
-            "model": encoder.settings.model_dump(mode="json", by_alias=True),
-            "image_size_px": encoder.image_size_px,
-            "features": encoder.features,
-        }
-        (partial / "config.json").write_text(json.dumps(description, indent=1) + "\n")
-        (partial / "README.md").write_text(_card(encoder, evidence), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: the export cannot be written ({error}); free space or choose another one."
-        ) from None
-
-
-def load_export(folder: Path) -> Encoder:
-    """The encoder of an export folder.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or one key is missing or extra.
-    """
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "encoder.safetensors")
-        settings = Model.model_validate(description["model"])
-        size = int(description["image_size_px"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: it is no whole export ({str(error).splitlines()[0]}); "
-            "write it again with 'mlvicx export'."
-        ) from None
-    settings = settings.model_copy(update={"init": "random"})
-    encoder = Encoder.from_model(build_model(settings, 0), size)
-    load_strictly(encoder, weights, where=str(folder))
-    return encoder
-
-
-def _card(encoder: Encoder, evidence: dict[str, Any]) -> str:
-    """The model card: what the encoder is, how it is used, what was measured."""
-    method = METHODS.get(evidence.get("method") or "", "not told by its source")
-    return f"""# {encoder.settings.backbone}, pretrained on chest radiographs without labels
-
-Method: {method}.
-
-Input: grey radiographs of about {encoder.image_size_px} px, uint8 or float in [0, 1]; normalisation
-is inside. Output: {encoder.features} numbers an image.
-
-    import mlvicx_dist
-    encoder = mlvicx_dist.load_encoder("this/folder")
-    embedding = encoder(images)          # [B, 1, H, W] -> [B, {encoder.features}]
-
-Not a medical device: for research only.
-
-## What is known of it
-
-```json
-{json.dumps(evidence, indent=1)}
-```
-"""

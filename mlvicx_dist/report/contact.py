@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from mlvicx_dist.config import Views
-from mlvicx_dist.evaluate.embed import squared
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.stream import keyed
 from mlvicx_dist.stream.augment import photometrics, two_views
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.stream.whole import squared
 
 CELL_PX, GAP_PX, CAPTION_PX = 160, 6, 18
 BACKGROUND, TEXT = (17, 20, 24), (198, 205, 213)

@@ -23,7 +23,8 @@ from filelock import FileLock
 
 from mlvicx_dist.config import PretrainConfig, parse_config
 from mlvicx_dist.errors import CheckpointError, ConfigError
-from mlvicx_dist.model.encoder import EXPORT_FILES, Encoder, load_export, load_strictly
+from mlvicx_dist.model.encoder import Encoder, load_strictly
+from mlvicx_dist.model.export_folder import EXPORT_FILES, load_export
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.storage import (
     Place,
@@ -51,7 +52,7 @@ def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Plac
 
     Args:
         run_dir: Folder of the run, local or remote.
-        state: `model`, `optimizer`, `step`, `settings`, `manifests` and `versions`.
+        state: `model`, `optimizer`, `step`, `settings`, `manifests`, `data` and `versions`.
         keep: How many checkpoints stay.
 
     Raises:

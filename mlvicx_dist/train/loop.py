@@ -34,7 +34,7 @@ from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
-from mlvicx_dist.train.source import open_shards, steps_of, stream_of
+from mlvicx_dist.train.source import data_of, open_shards, steps_of, stream_of
 from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step, wrap
 from mlvicx_dist.train.versions import bf16_in_software
 
@@ -110,7 +110,7 @@ def train(
                     run_dir,
                     model,
                     optimizer,
-                    shards.digests(),
+                    data_of(config, shards),
                     say=said.append,
                     before=partial(_publish, fence, run_log),
                 )

@@ -15,9 +15,11 @@ import torch
 
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import CheckpointError, DivergenceError
-from mlvicx_dist.model.encoder import Encoder, save_export
+from mlvicx_dist.model.encoder import Encoder
+from mlvicx_dist.model.export_folder import save_export
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.storage import Place, told
+from mlvicx_dist.train.card import model_card, training_record
 from mlvicx_dist.train.checkpoint import clear_partial, save_checkpoint
 from mlvicx_dist.train.versions import library_versions
 
@@ -36,7 +38,7 @@ class Saver:
         run_dir: Place,
         model: MLVICX,
         optimizer: torch.optim.Optimizer,
-        manifests: list[str],
+        data: list[dict[str, Any]],
         *,
         say: Callable[[str], None],
         before: Callable[[], None],
@@ -48,12 +50,12 @@ class Saver:
             run_dir: Folder of the run, local or remote.
             model: What is saved; so is `optimizer`.
             optimizer: See `model`.
-            manifests: Digests of the data.
+            data: What is trained on, see `source.data_of`.
             say: Called, in the training thread, with what went wrong and is tried again.
             before: Called, in the writing thread, before each checkpoint.
         """
         self.config, self.run_dir, self.model, self.optimizer = config, run_dir, model, optimizer
-        self.manifests, self.say, self.before = manifests, say, before
+        self.data, self.say, self.before = data, say, before
         self.newest: Place | None = None
         clear_partial(run_dir)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlvicx-checkpoint")
@@ -150,17 +152,17 @@ class Saver:
             "step": done,
             **self._copy,
             "settings": to_tree(self.config),
-            "manifests": self.manifests,
+            "manifests": [one["manifest"] for one in self.data],
+            "data": self.data,
             "versions": library_versions(),
         }
         # The export first: where the last checkpoint stands, its export stands too.
         if export:
             folder = self.run_dir / "exports" / f"step-{done:08d}"
-            save_export(self._encoder(), folder, self._evidence(done))
+            encoder, training = self._encoder(), training_record(self.config, state)
+            card = model_card(encoder, training)
+            save_export(encoder, folder, card=card, known={"training": training})
         return save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
-
-    def _evidence(self, done: int) -> dict[str, Any]:
-        return {"method": self.config.method, "run": self.config.run.name, "step": done}
 
     def _encoder(self) -> Encoder:
         """The encoder of the copy; no number is drawn for it, since training may draw some."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.stream.cache import cache_of
@@ -23,6 +24,24 @@ def open_shards(config: PretrainConfig) -> ShardSet:
         weights=[folder.weight for folder in config.data.shards],
         cache=cache_of(config.data),
     )
+
+
+def data_of(config: PretrainConfig, shards: ShardSet) -> list[dict[str, Any]]:
+    """What a checkpoint remembers of its data, a dict a shard folder.
+
+    Returns:
+        `manifest`, its digest; `images`, those of the splits that are trained on; `sources`, the
+        images of each source in all splits; `weight`.
+    """
+    return [
+        {
+            "manifest": manifest.digest,
+            "images": sum(s.samples for s in manifest.shards if s.split in config.data.splits),
+            "sources": dict(manifest.sources),
+            "weight": folder.weight,
+        }
+        for manifest, folder in zip(shards.manifests, config.data.shards, strict=True)
+    ]
 
 
 def steps_of(config: PretrainConfig, shards: ShardSet, member: Member) -> Steps:

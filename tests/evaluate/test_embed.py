@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mlvicx_dist.config import LocalHead, Model, Projector
-from mlvicx_dist.evaluate.embed import embed_shards, squared, write_parquet
+from mlvicx_dist.evaluate.embed import embed_shards, write_parquet
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.stream.whole import squared
 
 SETTINGS = Model(local=LocalHead(resize_px=8, channels=4, pool=2), projector=Projector(width=8))
 

@@ -201,10 +201,18 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
 
     out = tmp_path / "e.parquet"
     assert main(["embed", str(run_dir), str(phantom_shards), "--out", str(out)]) == 0
+    assert "Not evaluated." in next((run_dir / "exports").glob("*/README.md")).read_text()
     assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 0
     card = (tmp_path / "x" / "README.md").read_text()
-    assert "For research only" in card or "for research only" in card
-    assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 2
+    assert "Not evaluated." not in card
+    assert "### phantoms" in card
+    # Every line of what `mlvicx evaluate` prints, but for the folder that the overlap names.
+    shown = [line for line in summary(result) if "Overlap" not in line]
+    assert "\n".join(shown[:6]) in card
+    assert f"| {result['overlap']['seen']} | phantom (60) | `" in card
+    assert str(tmp_path) not in card
+    assert main(["export", str(tmp_path / "x"), "--out", str(tmp_path / "y")]) == 0
+    assert (tmp_path / "y" / "README.md").read_text() == card
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error(phantom_shards, tmp_path, capsys):

@@ -8,7 +8,8 @@ from torch.nn import functional
 from mlvicx_dist.config import LocalHead, Model, Projector
 from mlvicx_dist.errors import CheckpointError, ConfigError
 from mlvicx_dist.model.context import ContextBottleneck
-from mlvicx_dist.model.encoder import Encoder, load_export, load_strictly, save_export
+from mlvicx_dist.model.encoder import Encoder, load_strictly
+from mlvicx_dist.model.export_folder import load_export, save_export
 from mlvicx_dist.model.heads import LocalHead as Head
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import build_model
@@ -261,7 +262,7 @@ def test_bytes_and_floats_one_channel_and_three_are_the_same_image(encoder):
 
 
 def test_an_export_comes_back_the_same(encoder, tmp_path):
-    save_export(encoder, tmp_path / "e", {"step": 3})
+    save_export(encoder, tmp_path / "e", card="a card", known={})
     images = torch.rand(2, 1, 64, 64)
     assert torch.equal(load_export(tmp_path / "e").eval()(images), encoder(images))
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [

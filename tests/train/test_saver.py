@@ -37,7 +37,7 @@ class Bench:
             run_dir,
             self.model,
             self.optimizer,
-            ["digest"],
+            [{"manifest": "digest"}],
             say=self.said.append,
             before=lambda: None,
         )

@@ -1,0 +1,1 @@
+"""`mlvicx export`: an encoder as a folder that others load, with what is known of it."""
