@@ -11,7 +11,6 @@ from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import ConfigError, DataError, nearest
 from mlvicx_dist.evaluate.embed import Embeddings
 
-
 NO_FINDING = "No Finding"
 
 

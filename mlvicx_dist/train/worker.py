@@ -76,6 +76,4 @@ def member_of(workers: Workers) -> Member:
     if not workers.use_gpu:
         keep_freed_memory()
     context = ray.train.get_context()
-    return Member(
-        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-    )
+    return Member(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
