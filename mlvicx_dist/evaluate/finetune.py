@@ -30,7 +30,7 @@ from mlvicx_dist.progress import progress
 from mlvicx_dist.session import scratch
 from mlvicx_dist.storage import Place, place
 from mlvicx_dist.stream.augment import photometrics
-from mlvicx_dist.stream.loader import Steps, batches
+from mlvicx_dist.stream.loader import Batch, Steps, batches
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
@@ -263,7 +263,7 @@ def train_classifier(
         world_size=member.world_size,
         count=1,
     )
-    labels = torch.from_numpy(train.labels).float()
+    labels = torch.from_numpy(train.labels)
     areas: list[float] = []
     best: dict[str, torch.Tensor] = {}
     stream = batches(
@@ -274,24 +274,13 @@ def train_classifier(
         pin_memory=member.device.type == "cuda",
     )
     # A stream that is left early ends its processes here.
-    with closing(stream):  # type: ignore[type-var]
+    with closing(stream):
         for batch in stream:
-            model.train()
-            images = photometrics(
-                batch.images[0].to(member.device), batch.table[0], kernel_px=BLUR_PX
-            )
-            with torch.autocast(
-                member.device.type, torch.bfloat16, enabled=tune.precision == "bf16"
-            ):
-                logits = wrapped(images)
-            loss = masked_loss(logits.float(), labels[batch.samples].to(member.device))
-            optimizer.zero_grad(set_to_none=True)
-            (loss * ddp_scale()).backward()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
                     batch.step, settings=rates, steps_per_epoch=steps.steps_per_epoch
                 )
-            optimizer.step()
+            _learn(wrapped.train(), optimizer, batch, labels[batch.samples], tune, member)
             if (batch.step + 1) % steps.steps_per_epoch:
                 continue
             areas.append(_area(look(model, val.shards, tune), val.labels, len(areas) + 1))
@@ -302,6 +291,26 @@ def train_classifier(
                 break
     model.load_state_dict(best)
     return Tuned(model, areas)
+
+
+def _learn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    labels: torch.Tensor,
+    tune: FineTune,
+    member: Member,
+) -> None:
+    """One step of the optimizer."""
+    images = photometrics(batch.images[0].to(member.device), batch.table[0], kernel_px=BLUR_PX)
+    with torch.autocast(member.device.type, torch.bfloat16, enabled=tune.precision == "bf16"):
+        logits = model(images)
+    # At least float32, whatever autocast says.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = masked_loss(logits, labels.to(logits))
+    optimizer.zero_grad(set_to_none=True)
+    (loss * ddp_scale()).backward()
+    optimizer.step()
 
 
 def masked_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Step t of a run is column t mod steps of epoch t div steps: resuming is starting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 
 def batches(
     steps: Steps, *, start: int, stop: int, workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` … `stop` - 1, loaded ahead by `workers` processes.
 
     Remote shards are fetched ahead too, by a thread that ends with the iterator. A loader process

@@ -144,14 +144,18 @@ def test_the_test_images_choose_nothing(disc_shards):
     assert found[0] == found[1]
 
 
-def test_boxes_stand_where_their_finding_is(disc_shards):
-    images = MarkedImages(settings(disc_shards), "test", "boxes", SIZE_PX)
-    assert len(images) == 12
-    for place in range(12):
-        one = images[place]
-        inside = one.image[one.finding].astype(float)
-        # A disc takes pi / 4 of its box.
-        assert (inside > one.image[~one.finding].mean() + 45).mean() > 0.7
+def test_boxes_stand_where_their_masks_are(disc_shards):
+    boxes, masks = (
+        MarkedImages(settings(disc_shards), "test", kind, SIZE_PX) for kind in ("boxes", "masks")
+    )
+    assert len(boxes) == 12
+    for place, sample in enumerate(boxes.samples.tolist()):
+        box, mask = boxes[place], masks[masks.samples.tolist().index(sample)]
+        assert not (mask.finding & ~box.finding).any()
+        for axis in (0, 1):
+            near, far = (np.flatnonzero(one.finding.any(axis)) for one in (mask, box))
+            assert 0 <= near[0] - far[0] <= 2
+            assert 0 <= far[-1] - near[-1] <= 2
 
 
 def test_what_has_no_box_or_no_context_is_named(phantom_shards, disc_shards):
