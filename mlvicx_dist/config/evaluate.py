@@ -111,6 +111,7 @@ class Segment(Settings):
     width: Annotated[int, Field(ge=8, multiple_of=8)] = 32
     """Channels of the decoder."""
     train_encoder: bool = False
+    """Whether the encoder's weights learn too; its batch norm's statistics stay."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -11,7 +11,7 @@ from processes import free_port, run_processes
 from torch.nn import functional
 
 from mlvicx_dist.config import EvaluateConfig, FineTune, LocalHead, Model, Projector
-from mlvicx_dist.errors import ConfigError, DataError, DivergenceError
+from mlvicx_dist.errors import ConfigError, DataError, DivergenceError, TrainingError
 from mlvicx_dist.evaluate import finetune
 from mlvicx_dist.evaluate.embed import embed_shards
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
@@ -31,6 +31,7 @@ from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train import drive
 from mlvicx_dist.train.step import Member
+from mlvicx_dist.train.watch import Forward
 
 MODEL = Model(
     backbone="test_resnet",
@@ -266,3 +267,12 @@ def test_crops_have_a_size():
             },
             "t",
         )
+
+
+def test_a_group_that_keeps_no_checkpoint_says_that_it_begins_anew(tmp_path):
+    callback = Forward(tmp_path / "rows.jsonl", 1, resumes=False)
+    callback.after_exception(None, {0: RuntimeError("killed")})
+    assert "worker 0 died (killed); beginning anew" in (tmp_path / "rows.jsonl").read_text()
+    with pytest.raises(TrainingError) as error:
+        callback.after_exception(None, {0: RuntimeError("killed")})
+    assert "checkpoint" not in str(error.value)
