@@ -20,17 +20,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.errors import ConfigError, DataError, TrainingError
+from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import on_cluster, scratch
 from mlvicx_dist.storage import told, write_whole
 from mlvicx_dist.stream.loader import Batch
-from mlvicx_dist.train.drive import cluster, trainer
+from mlvicx_dist.train.drive import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of
 from mlvicx_dist.train.step import TwoViews, make_model, train_step, wrap
-from mlvicx_dist.train.watch import user_error, watching
+from mlvicx_dist.train.watch import watching
 from mlvicx_dist.train.worker import join, settings_of
 
 WARM_UP = 3
@@ -111,14 +111,14 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
     check_model(config)
     open_shards(config)
     elsewhere = on_cluster()
-    with cluster(config), scratch("profile") as folder:
+    with cluster(config.workers), scratch("profile") as folder:
         channel = Path(folder) / "rows.jsonl"
         plan = {"settings": to_tree(config), "steps": steps, "check_memory": elsewhere}
         total = WARM_UP + steps + min(steps, TRACED)
         with progress("profiling", total, "steps") as bar:
-            fit = trainer(profile_worker, plan, config, channel, folder)
+            fit = trainer(profile_worker, plan, config.workers, channel, folder)
             with watching(channel, lambda row: bar.advance(int("step" in row))):
-                found = _fitted(fit)
+                found = fitted(fit, "The workers could not be profiled")
     try:
         write_whole(out, found.pop("trace"))
     except OSError as error:
@@ -128,22 +128,6 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
 
 def _unwritten(out: Path, why: str) -> DataError:
     return DataError(f"{out}: the trace cannot be written ({why}); give another path with --out.")
-
-
-def _fitted(fit: Any) -> dict[str, Any]:
-    """What rank 0 found."""
-    from ray.train import TrainingFailedError
-
-    try:
-        return dict(fit.fit().return_value)
-    except Exception as error:
-        cause = user_error(error)
-        if cause:
-            raise cause from None
-        if isinstance(error, TrainingFailedError):
-            words = (str(error).strip().splitlines() or ["no message"])[-1]
-            raise TrainingError(f"The workers could not be profiled ({words}).") from error
-        raise
 
 
 def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +145,7 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
     steps = steps_of(config, open_shards(config), member)
     model = make_model(config, member)
     optimizer = make_optimizer(model, config.train)
-    wrapped = wrap(TwoViews(model), config, member)
+    wrapped = wrap(TwoViews(model), member, deterministic=config.train.deterministic)
     watch = Stopwatch(member.device)
     stream = stream_of(config, steps, member, start=0, stop=total)
 

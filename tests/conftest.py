@@ -70,6 +70,14 @@ def phantom_shards(phantom_records, salt, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def disc_shards(salt, tmp_path_factory):
+    """Shards of noise with bright discs, their masks and boxes; see `discs`."""
+    from discs import pack_discs
+
+    return pack_discs(tmp_path_factory.mktemp("discs"), salt)
+
+
 @pytest.fixture
 def small_disk(request, tmp_path):
     """A disk of its own, as its parameter says: `size=8m`, or `nr_inodes=6` for few files."""

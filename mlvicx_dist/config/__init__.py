@@ -5,7 +5,15 @@ whatever is wrong in it becomes one sentence that names the file, the key and th
 """
 
 from mlvicx_dist.config.base import Settings
-from mlvicx_dist.config.evaluate import Bootstrap, EvaluateConfig, FewLabels, Knn, Probe
+from mlvicx_dist.config.evaluate import (
+    Bootstrap,
+    EvaluateConfig,
+    FewLabels,
+    FineTune,
+    Knn,
+    Probe,
+    Segment,
+)
 from mlvicx_dist.config.files import (
     Config,
     load_as,
@@ -41,6 +49,7 @@ __all__ = [
     "Dimension",
     "EvaluateConfig",
     "FewLabels",
+    "FineTune",
     "Knn",
     "LocalHead",
     "Loss",
@@ -52,6 +61,7 @@ __all__ = [
     "Projector",
     "Run",
     "Search",
+    "Segment",
     "Settings",
     "SweepConfig",
     "Target",

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlvicx_dist.config.base import Count, Name, Positive, Settings
+from mlvicx_dist.config.base import Count, Fraction, Name, NonNegative, Positive, Settings
+from mlvicx_dist.config.pretrain import Workers
 
 
 class EvaluateData(Settings):
@@ -66,6 +67,54 @@ class FewLabels(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class FineTune(Settings):
+    """The whole encoder and a linear head trained on the labels, by a group of Ray Train."""
+
+    epochs: Count = 30
+    patience_epochs: Count = 5
+    """It ends when the validation images' mean AUROC has not risen for so many."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Of the whole group."""
+    learning_rate_per_256: Positive = 1e-3
+    """AdamW's learning rate is this times batch_size / 256."""
+    weight_decay: NonNegative = 1e-2
+    warmup_epochs: NonNegative = 1.0
+    precision: Literal["float32", "bf16"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the head, the order of the images and their crops."""
+    crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)
+    flip_p: Fraction = 0.5
+    brightness: Fraction = 0.1
+    contrast: Fraction = 0.1
+    workers: Workers = Workers()
+
+    @model_validator(mode="after")
+    def _possible(self) -> FineTune:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError("crop_scale must be [low, high] with 0 < low <= high")
+        if self.workers.num > self.batch_size:
+            raise ValueError(
+                f"a batch of {self.batch_size} images cannot be shared by workers.num = "
+                f"{self.workers.num}: lower workers.num"
+            )
+        return self
+
+
+class Segment(Settings):
+    """A small U-Net decoder on the encoder's levels, for shards with masks."""
+
+    epochs: Count = 30
+    patience_epochs: Count = 5
+    """It ends when the Dice of the validation images has not risen for so many."""
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-3
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 32
+    """Channels of the decoder."""
+    train_encoder: bool = False
+    """Whether the encoder's weights learn too; its batch norm's statistics stay."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class EvaluateConfig(Settings):
     """`kind: evaluate`."""
 
@@ -74,6 +123,8 @@ class EvaluateConfig(Settings):
     data: EvaluateData
     classes: list[str] | None = None
     """None: every class of the shards."""
+    no_finding: bool = False
+    """Whether `No Finding` is a class too: an image that has none of the shards' classes."""
     embedding: Embedding = Embedding()
     probe: Probe = Probe()
     knn: Knn = Knn()
@@ -84,6 +135,12 @@ class EvaluateConfig(Settings):
     """The ages in years at which a band begins, after the first."""
     few_labels: FewLabels | None = None
     """None: none; `{}`: with the defaults, 21 probes an encoder."""
+    fine_tune: FineTune | None = None
+    """None: none; `{}`: with the defaults, both encoders."""
+    segment: Segment | None = None
+    """None: none; `{}`: with the defaults, both encoders."""
+    localise: bool = False
+    """Whether the context's maps are held against the boxes of the shards."""
     overlap: bool = True
     """Whether the pretraining shards are searched for the test images; reads what each tells."""
 

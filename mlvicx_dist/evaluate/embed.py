@@ -118,7 +118,7 @@ def embed_samples(
     use_gpu: bool,
 ) -> Embeddings:
     """Embed chosen samples of open shards, see `embed_shards`; `samples` are global indices."""
-    device = _device(use_gpu)
+    device = device_of(use_gpu)
     encoders = [encoder.to(device).eval() for encoder in encoders]
     classes = tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
     loader: DataLoader[Any] = DataLoader(
@@ -207,7 +207,12 @@ def _open(folders: Sequence[str | Path], splits: Sequence[str] | None) -> ShardS
     return ShardSet.open(folders, splits=splits)
 
 
-def _device(use_gpu: bool) -> torch.device:
+def device_of(use_gpu: bool) -> torch.device:
+    """The GPU or the CPU.
+
+    Raises:
+        ResourceError: there is no GPU.
+    """
     if use_gpu and not torch.cuda.is_available():
         raise ResourceError("use_gpu is set, but this machine has no GPU that PyTorch can use.")
     return torch.device("cuda" if use_gpu else "cpu")

@@ -1,4 +1,4 @@
-"""A frozen encoder beside the same encoder untrained and raw pixels, on patients no probe has seen.
+"""An encoder beside the same encoder untrained and raw pixels, on patients no probe has seen.
 
 The probe learns on the training split, its penalty is chosen on the validation split, and the test
 split is looked at once. Intervals resample patients; the difference of the two encoders is paired.
@@ -20,14 +20,18 @@ from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
+from mlvicx_dist.evaluate.finetune import fine_tune
+from mlvicx_dist.evaluate.localise import check_context, localise
+from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.overlap import overlap_with_run
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
 from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for
 from mlvicx_dist.evaluate.probe import knn_scores
+from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups
-from mlvicx_dist.model.encoder import untrained
+from mlvicx_dist.model.encoder import Encoder, untrained
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import write_whole
 from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_settings
@@ -54,12 +58,15 @@ def evaluate_checkpoint(
     folder = Path(out) if out else run_dir / "evaluations"
     encoder = load_encoder(weights)
     trained = training_settings(weights)
-    bare = untrained(encoder, trained.train.seed if trained else 0)
+    seed = trained.train.seed if trained else 0
+    bare = untrained(encoder, seed)
+    size_px = settings.embedding.image_size_px or encoder.image_size_px
+    masks, boxes = _marked(encoder, settings, size_px)
     embeddings = embed_shards(
         [encoder, bare, Pixels()],
         settings.data.shards,
         splits=list(dict.fromkeys([settings.data.train, settings.data.val, settings.data.test])),
-        size_px=settings.embedding.image_size_px,
+        size_px=size_px,
         batch_size=settings.embedding.batch_size,
         loader_workers=settings.data.loader_workers,
         use_gpu=settings.embedding.use_gpu,
@@ -68,6 +75,20 @@ def evaluate_checkpoint(
     tested = embeddings.about_of(embeddings.rows(settings.data.test))
     off = {"unknown": "overlap is off"}
     result["overlap"] = overlap_with_run(tested, run_dir) if settings.overlap else off
+    both = dict(zip(ENCODERS, (encoder, bare), strict=True))
+    if settings.localise:
+        result["localise"] = localise(both, boxes, settings)
+    if settings.segment:
+        result["segment"] = segment(both, masks, settings, settings.segment)
+    if settings.fine_tune:
+        result["fine_tune"] = fine_tune(
+            weights,
+            parts_of(embeddings, settings),
+            settings,
+            settings.fine_tune,
+            seed=seed,
+            size_px=size_px,
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{settings.name}.json"
@@ -77,6 +98,25 @@ def evaluate_checkpoint(
             f"{folder}: the result cannot be written ({error.strerror}); give a folder with --out."
         ) from None
     return result, path
+
+
+def _marked(
+    encoder: Encoder, settings: EvaluateConfig, size_px: int
+) -> tuple[dict[str, MarkedImages], dict[str, MarkedImages]]:
+    """The images with masks and with boxes that are asked for, by the part they play.
+
+    Raises:
+        UserError: there are none in a split, or the encoder has no context to hold against boxes.
+    """
+    splits = {"train": settings.data.train, "val": settings.data.val, "test": settings.data.test}
+    if settings.localise:
+        check_context(encoder)
+
+    def found(kind: Kind, *names: str) -> dict[str, MarkedImages]:
+        return {name: MarkedImages(settings, splits[name], kind, size_px) for name in names}
+
+    masks = found("masks", "train", "val", "test") if settings.segment else {}
+    return masks, found("boxes", "val", "test") if settings.localise else {}
 
 
 def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -83,20 +84,47 @@ def bootstrap_areas(
         DataError: a score is NaN or infinite.
     """
     names, owner = np.unique(patients, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    even = np.full(len(names), 1 / len(names))
     ranked = []
     for k in range(scores.shape[1]):
         known = ~np.isnan(labels[:, k])
         ranked.append(_Ranked(scores[known, k], labels[known, k], owner[known], len(names)))
     areas = Areas(np.empty((draws, len(ranked))), np.empty((draws, len(ranked))))
-    for start in range(0, draws, _CHUNK):
-        stop = min(start + _CHUNK, draws)
-        drawn = rng.multinomial(len(names), even, size=stop - start)
-        times = np.ascontiguousarray(drawn.T, dtype=np.float64)
+    for part, times in _resampled(len(names), draws, seed):
         for k, one in enumerate(ranked):
-            areas.auroc[start:stop, k], areas.auprc[start:stop, k] = one.areas(times)
+            areas.auroc[part, k], areas.auprc[part, k] = one.areas(times)
     return areas
+
+
+def bootstrap_means(
+    values: np.ndarray, patients: np.ndarray, *, draws: int, seed: int
+) -> np.ndarray:
+    """The mean over images under the same resampling of patients.
+
+    Args:
+        values: One an image, [n], n > 0.
+        patients: [n], any hashable values.
+        draws: Resamplings.
+        seed: Of the resampling.
+
+    Returns:
+        float64 [draws].
+    """
+    names, owner = np.unique(patients, return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    means = np.empty(draws)
+    for part, times in _resampled(len(names), draws, seed):
+        means[part] = (sums @ times) / (counts @ times)
+    return means
+
+
+def _resampled(count: int, draws: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some draws at a time, and how often each of `count` patients comes in them, [count, d]."""
+    rng = np.random.default_rng(seed)
+    even = np.full(count, 1 / count)
+    for start in range(0, draws, _CHUNK):
+        part = slice(start, min(start + _CHUNK, draws))
+        drawn = rng.multinomial(count, even, size=part.stop - part.start)
+        yield part, np.ascontiguousarray(drawn.T, dtype=np.float64)
 
 
 _CHUNK = 16

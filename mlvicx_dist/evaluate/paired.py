@@ -13,6 +13,7 @@ from mlvicx_dist.evaluate.metrics import (
     auroc,
     average_precision,
     bootstrap_areas,
+    bootstrap_means,
     interval,
     over_classes,
 )
@@ -53,19 +54,12 @@ def compare(
         draws[name] = bootstrap_areas(
             one, labels, patients, draws=settings.draws, seed=settings.seed
         )
-    first, *others = scores
-    undefined = np.isnan(draws[first].auroc).sum(0)
+    undefined = np.isnan(next(iter(draws.values())).auroc).sum(0)
     result: dict[str, Any] = {}
     for metric in Areas._fields:
-        by_name = {
-            name: (getattr(values[name], metric), getattr(draws[name], metric)) for name in scores
-        }
-        for other in others:
-            name = "difference" if other == others[0] else f"over_{other}"
-            by_name[name] = (
-                by_name[first][0] - by_name[other][0],
-                by_name[first][1] - by_name[other][1],
-            )
+        by_name = _with_differences(
+            {name: (getattr(values[name], metric), getattr(draws[name], metric)) for name in scores}
+        )
         result[metric] = {
             name: {
                 **{c: _cell(areas[k], drawn[:, k], settings) for k, c in enumerate(classes)},
@@ -76,6 +70,47 @@ def compare(
     result["undefined_draws"] = {
         c: int(undefined[k]) for k, c in enumerate(classes) if undefined[k]
     }
+    return result
+
+
+def compare_means(
+    values: Mapping[str, np.ndarray], patients: np.ndarray, settings: Bootstrap
+) -> dict[str, dict[str, float]]:
+    """Means over images, and the first minus each other, with intervals over the same patients.
+
+    Args:
+        values: By encoder, or what stands beside it, one an image, [n].
+        patients: [n].
+        settings: The resampling.
+
+    Returns:
+        For every name, `difference` (to the second) and `over_NAME` (to any further one)
+        {"value", "low", "high"}.
+    """
+    by_name = {
+        name: (
+            one.mean(),
+            bootstrap_means(one, patients, draws=settings.draws, seed=settings.seed),
+        )
+        for name, one in values.items()
+    }
+    return {
+        name: _cell(float(mean), drawn, settings)
+        for name, (mean, drawn) in _with_differences(by_name).items()
+    }
+
+
+Estimates = dict[str, tuple[Any, np.ndarray]]
+"""By name, a value and its draws."""
+
+
+def _with_differences(by_name: Estimates) -> Estimates:
+    """The same with the first minus each other."""
+    (_, (value, draws)), *others = by_name.items()
+    result = dict(by_name)
+    for place, (other, (its_value, its_draws)) in enumerate(others):
+        name = f"over_{other}" if place else "difference"
+        result[name] = value - its_value, draws - its_draws
     return result
 
 

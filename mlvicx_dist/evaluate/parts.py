@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import ConfigError, DataError, nearest
 from mlvicx_dist.evaluate.embed import Embeddings
+
+NO_FINDING = "No Finding"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
             split and in another.
         ConfigError: a class does not exist.
     """
+    if settings.no_finding:
+        embeddings = with_no_finding(embeddings)
     names = class_names(settings.classes, embeddings.classes)
+    if settings.no_finding and NO_FINDING not in names:
+        names.append(NO_FINDING)
     columns = [embeddings.classes.index(name) for name in names]
     splits = (settings.data.train, settings.data.val, settings.data.test)
     shards = ", ".join(settings.data.shards)
@@ -85,6 +91,25 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
             "folders together, or leave one out."
         )
     return Parts(train, val, test, classes, left_out)
+
+
+def with_no_finding(embeddings: Embeddings) -> Embeddings:
+    """The same with the class `No Finding`: 1 where every class is 0, 0 where one is 1.
+
+    Where no class is 1 and one is unknown, so is this.
+
+    Raises:
+        ConfigError: the shards have a class of this name.
+    """
+    if NO_FINDING in embeddings.classes:
+        raise ConfigError(
+            f"no_finding: the shards have a class '{NO_FINDING}' already; leave no_finding out."
+        )
+    # The greatest label, which is NaN where one is unknown and none is 1.
+    found = (embeddings.labels == 1).any(1)
+    none = np.where(found, 0.0, 1 - embeddings.labels.max(1, initial=0.0))
+    labels = np.column_stack([embeddings.labels, none])
+    return replace(embeddings, labels=labels, classes=(*embeddings.classes, NO_FINDING))
 
 
 def class_names(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlvicx_dist.evaluate.overlap import overlap_words
+from mlvicx_dist.evaluate.tables import signed, tables
 
 WIDTH = 100
 NAME = 18
@@ -28,10 +29,9 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         f"Nearest neighbours, mean AUROC: {knn['pretrained']:.3f} pretrained, "
         f"{knn['untrained']:.3f} untrained.",
         f"Ridge regression on 24 x 24 pixels: {cell(result['probe']['pixels']['mean'])};",
-        "  pretrained minus pixels: {value:+.3f} [{low:+.3f}, {high:+.3f}].".format(
-            **result["probe"]["over_pixels"]["mean"]
-        ),
+        f"  pretrained minus pixels: {signed(result['probe']['over_pixels']['mean'])}.",
         *_few_labels(result),
+        *_tables(result),
         *_subgroups(result),
         *_notes(result),
     ]
@@ -88,6 +88,18 @@ def _few_labels(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _tables(result: Mapping[str, Any]) -> list[str]:
+    """Fine-tuning, segmentation and localisation, as far as they were asked for."""
+    lines = []
+    for table in tables(result):
+        lines += [*wrapped(table.title), _heading(table.unit, table.count)]
+        for name, count, cells in table.rows:
+            lines.append(f"{cut(name)} {count:>9} {compared(cells, None)}")
+        for note in table.notes:
+            lines += wrapped(note)
+    return lines
+
+
 def _subgroups(result: Mapping[str, Any]) -> list[str]:
     """Means of the subgroups, and which classes they are not about."""
     groups = result["subgroups"]
@@ -119,7 +131,7 @@ def compared(by_encoder: Mapping[str, Any], name: str | None) -> str:
         for kind in ("pretrained", "untrained", "difference")
     )
     cells = [cell(first), cell(second)]
-    return "  ".join([*cells, "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)])
+    return "  ".join([*cells, signed(difference)])
 
 
 def cell(area: Mapping[str, float]) -> str:

@@ -32,6 +32,11 @@ class ContextBottleneck(nn.Module):
         )
         return gated
 
+    @torch.no_grad()
+    def places(self, x: torch.Tensor) -> torch.Tensor:
+        """The places' gate of a map, [B, C, H, W] -> [B, 1, H, W] in (0, 1)."""
+        return _gates(x, self.squeeze.weight, self.excite.weight, self.spatial.weight)[-1]
+
 
 class _Gates(torch.autograd.Function):
     """Both gates, in few passes over the map, which are what they cost.
@@ -49,17 +54,8 @@ class _Gates(torch.autograd.Function):
         excite: torch.Tensor,
         spatial: torch.Tensor,
     ) -> torch.Tensor:
-        fine = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            highest, top = functional.adaptive_max_pool2d(x, 1, return_indices=True)
-            pools = torch.stack([x.mean((2, 3)), highest.flatten(1)]).to(fine)
-            hidden = (pools @ squeeze.flatten(1).to(fine).T).relu()
-            c = (hidden.sum(0) @ excite.flatten(1).to(fine).T).sigmoid()
-            y = x * c[..., None, None].to(x.dtype)
-            strongest = y.amax(1)
-            places = torch.stack([y.mean(1), strongest], 1).to(fine)
-            p = functional.conv2d(places, spatial.to(fine), padding=3).sigmoid()
-            y *= p.to(x.dtype)
+        y, pools, hidden, c, places, top, strongest, p = _gates(x, squeeze, excite, spatial)
+        y *= p.to(x.dtype)
         ctx.save_for_backward(
             x, squeeze, excite, spatial, pools, hidden, c, places, p, top, strongest
         )
@@ -103,3 +99,20 @@ class _Gates(torch.autograd.Function):
             d_up.view_as(excite).to(excite.dtype),
             d_window.to(spatial.dtype),
         )
+
+
+def _gates(
+    x: torch.Tensor, squeeze: torch.Tensor, excite: torch.Tensor, spatial: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The channel-gated map, what both gates are computed from, and the places' gate, last."""
+    fine = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        highest, top = functional.adaptive_max_pool2d(x, 1, return_indices=True)
+        pools = torch.stack([x.mean((2, 3)), highest.flatten(1)]).to(fine)
+        hidden = (pools @ squeeze.flatten(1).to(fine).T).relu()
+        c = (hidden.sum(0) @ excite.flatten(1).to(fine).T).sigmoid()
+        y = x * c[..., None, None].to(x.dtype)
+        strongest = y.amax(1)
+        places = torch.stack([y.mean(1), strongest], 1).to(fine)
+        p = functional.conv2d(places, spatial.to(fine), padding=3).sigmoid()
+    return y, pools, hidden, c, places, top, strongest, p

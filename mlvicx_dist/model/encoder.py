@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
 
 from mlvicx_dist.config import Model
 from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.model.context import ContextBottleneck
 from mlvicx_dist.model.levels import GatedBackbone
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.stream.loader import as_bytes
@@ -100,6 +103,25 @@ class Encoder(nn.Module):
         if images.dtype == torch.uint8:
             images = images / 255
         maps: list[torch.Tensor] = self.backbone(normalise(images, self.settings.channels))
+        return maps
+
+    @torch.no_grad()
+    def context_maps(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The places' gate of each level with a context, [B, 1, H_l, W_l] in (0, 1)."""
+        maps: dict[int, torch.Tensor] = {}
+
+        def look(level: int, gate: ContextBottleneck, inputs: tuple[torch.Tensor]) -> None:
+            maps[level] = gate.places(inputs[0])
+
+        gates = {int(level): gate for level, gate in self.backbone.gates.items()}
+        hooks = [
+            gate.register_forward_pre_hook(partial(look, level)) for level, gate in gates.items()
+        ]
+        try:
+            self.levels(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return maps
 
 

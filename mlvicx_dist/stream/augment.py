@@ -27,23 +27,31 @@ brightness), the blur (0 is none) and whether to solarise."""
 def two_views(
     image: np.ndarray, views: Views, *, seed: int, epoch: int, sample: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop, resize and flip an image twice, and draw what the device is to do.
+    """Crop, resize and flip an image twice, and draw what the device is to do; see `few_views`."""
+    return few_views(image, views, 2, seed=seed, epoch=epoch, sample=sample)
+
+
+def few_views(
+    image: np.ndarray, views: Views, count: int, *, seed: int, epoch: int, sample: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first one or two views of an image, and what the device is to do with each.
 
     Args:
         image: Grey image, uint8 [H, W].
         views: The settings.
+        count: V, 1 or 2.
         seed: The run's seed.
         epoch: The epoch.
         sample: The global sample index.
 
     Returns:
-        Two crops, uint8 [2, 1, S, S], and their photometric table, float32 [2, 6].
+        Crops, uint8 [V, 1, S, S], and their photometric table, float32 [V, 6].
     """
     size = views.image_size_px
-    crops = np.empty((2, 1, size, size), np.uint8)
-    table = np.empty((2, len(PARAMETERS)), np.float32)
+    crops = np.empty((count, 1, size, size), np.uint8)
+    table = np.empty((count, len(PARAMETERS)), np.float32)
     picture = Image.fromarray(image)
-    for view in range(2):
+    for view in range(count):
         draws = keyed.uniform(
             DRAWS, seed=seed, epoch=epoch, purpose=keyed.VIEWS, item=sample, part=view
         )

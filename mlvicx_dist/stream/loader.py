@@ -5,7 +5,7 @@ Step t of a run is column t mod steps of epoch t div steps: resuming is starting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlvicx_dist.config import Views
 from mlvicx_dist.errors import ResourceError, UserError
 from mlvicx_dist.storage import temporary
 from mlvicx_dist.stream.ahead import Ahead
-from mlvicx_dist.stream.augment import PARAMETERS, two_views
+from mlvicx_dist.stream.augment import PARAMETERS, few_views
 from mlvicx_dist.stream.order import epoch_lanes, rank_lanes, steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 
@@ -32,8 +32,8 @@ class Batch:
     Attributes:
         step: The step of the run.
         samples: Global sample indices, int64 [b].
-        images: Both views, uint8 [2, b, 1, S, S].
-        table: Photometric table of `augment`, float32 [2, b, 6].
+        images: Both views, or the one of a training on labels, uint8 [2 or 1, b, 1, S, S].
+        table: Photometric table of `augment`, float32 [2 or 1, b, 6].
     """
 
     step: int
@@ -58,8 +58,11 @@ class Steps(Dataset[Batch | UserError]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        count: int = 2,
     ) -> None:
+        """Of `count` views of each image, 1 or 2."""
         self.shards, self.views, self.seed, self.batch = shards, views, seed, batch
+        self.count = count
         self.lanes, self.world_size = rank_lanes(batch, rank, world_size), world_size
         self.steps_per_epoch = steps_per_epoch(shards.sizes, batch, shards.weights)
         self._epoch = -1
@@ -76,12 +79,13 @@ class Steps(Dataset[Batch | UserError]):
         epoch, column = divmod(step, self.steps_per_epoch)
         samples = self.samples(epoch)[:, column]
         size = self.views.image_size_px
-        images = np.empty((2, len(samples), 1, size, size), np.uint8)
-        table = np.empty((2, len(samples), len(PARAMETERS)), np.float32)
+        images = np.empty((self.count, len(samples), 1, size, size), np.uint8)
+        table = np.empty((self.count, len(samples), len(PARAMETERS)), np.float32)
         for place, sample in enumerate(samples.tolist()):
-            images[:, place], table[:, place] = two_views(
+            images[:, place], table[:, place] = few_views(
                 as_bytes(self.shards.image(sample)),
                 self.views,
+                self.count,
                 seed=self.seed,
                 epoch=epoch,
                 sample=sample,
@@ -119,7 +123,7 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 
 def batches(
     steps: Steps, *, start: int, stop: int, workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the steps `start` … `stop` - 1, loaded ahead by `workers` processes.
 
     Remote shards are fetched ahead too, by a thread that ends with the iterator. A loader process

@@ -107,6 +107,10 @@ class ShardSet:
         shard, row = self._row(sample)
         return _decoded(shard, row, "mask") if row["mask_size"] else None
 
+    def masked(self) -> np.ndarray:
+        """The samples that have a mask, an empty one or not, ascending, int64."""
+        return np.flatnonzero(np.concatenate([_index(one)["mask_size"] > 0 for one in self.shards]))
+
     def json(self, sample: int) -> bytes:
         """The JSON member of a sample."""
         return _member(*self._row(sample), "json")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 
 def squared(image: np.ndarray, size_px: int) -> np.ndarray:
     """An image resized to fit a black square, uint8 [H, W] -> [size_px, size_px]."""
-    height, width = image.shape
-    scale = size_px / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    place = place_in_square(image.shape, size_px)
+    size = (place[1].stop - place[1].start, place[0].stop - place[0].start)
     square = np.zeros((size_px, size_px), np.uint8)
-    top, left = (size_px - size[1]) // 2, (size_px - size[0]) // 2
-    square[top : top + size[1], left : left + size[0]] = resized
+    square[place] = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     return square
+
+
+def place_in_square(shape: Sequence[int], size_px: int) -> tuple[slice, slice]:
+    """The rows and the columns of a square that an image of shape (H, W) takes there."""
+    height, width = (max(round(side * size_px / max(shape)), 1) for side in shape)
+    top, left = (size_px - height) // 2, (size_px - width) // 2
+    return slice(top, top + height), slice(left, left + width)

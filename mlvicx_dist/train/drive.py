@@ -78,7 +78,7 @@ def drive(
         UserError: what a worker raised, or that workers died again and again.
     """
     elsewhere = on_cluster()
-    with cluster(config), scratch("run") as folder:
+    with cluster(config.workers), scratch("run") as folder:
         from mlvicx_dist.train.guard import guard
         from mlvicx_dist.train.notices import Notice
         from mlvicx_dist.train.watch import watching
@@ -95,7 +95,7 @@ def drive(
             "check_memory": elsewhere,
             "judge": judge,
         }
-        fit = _Fit(trainer(train_worker, plan, config, channel, folder))
+        fit = _Fit(trainer(train_worker, plan, config.workers, channel, folder))
         try:
             with progress("training", total, "steps") as bar, signals() as asked:
                 shown = _Shown(bar, heard)
@@ -162,6 +162,28 @@ class _Fit(threading.Thread):
         raise self._error
 
 
+def fitted(trainer: Any, failed: str) -> dict[str, Any]:
+    """What rank 0 found, of a group that is run to its end in this thread.
+
+    Raises:
+        UserError: what a worker raised, or `failed` and the reason.
+    """
+    from ray.train import TrainingFailedError
+
+    from mlvicx_dist.train.watch import user_error
+
+    try:
+        return dict(trainer.fit().return_value)
+    except Exception as error:
+        cause = user_error(error)
+        if cause:
+            raise cause from None
+        if isinstance(error, TrainingFailedError):
+            words = (str(error).strip().splitlines() or ["no message"])[-1]
+            raise TrainingError(f"{failed} ({words}).") from error
+        raise
+
+
 def where_logs_are() -> str:
     """Where Ray's logs of this session lie, in words."""
     import ray
@@ -173,25 +195,27 @@ def where_logs_are() -> str:
 def trainer(
     function: Callable[[dict[str, Any]], Any],
     plan: dict[str, Any],
-    config: PretrainConfig,
+    workers: Workers,
     channel: Path,
     folder: str,
+    *,
+    resumes: bool = True,
 ) -> Any:
     """Ray's trainer of a group as the settings want it.
 
     Args:
         function: What each worker runs.
         plan: Its argument.
-        config: The settings.
+        workers: The group.
         channel: Where rank 0's rows go, see `watching`.
         folder: For what Ray stores of its own.
+        resumes: Whether a new group goes on from a checkpoint; else it begins anew.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from mlvicx_dist.train.watch import Forward
 
-    workers = config.workers
     return TorchTrainer(
         function,
         train_loop_config=plan,
@@ -208,7 +232,7 @@ def trainer(
             name="ray",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
-            callbacks=[Forward(channel, workers.max_failures)],
+            callbacks=[Forward(channel, workers.max_failures, resumes=resumes)],
         ),
         torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
     )
@@ -357,9 +381,8 @@ def placed(nodes: Sequence[str]) -> str:
 
 
 @contextmanager
-def cluster(config: PretrainConfig) -> Iterator[None]:
+def cluster(workers: Workers) -> Iterator[None]:
     """Ray with room for the least number of workers."""
-    workers = config.workers
     # An elastic group asks only for what is there. Ray may still count a node that is just gone:
     # then the next try, soon, is the right one.
     start_s = min(workers.start_timeout_s, ELASTIC_START_S if workers.min else float("inf"))

@@ -81,7 +81,7 @@ def make_model(config: PretrainConfig, member: Member) -> MLVICX:
     return model.to(member.device)
 
 
-def wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
+def wrap(model: nn.Module, member: Member, *, deterministic: bool) -> nn.Module:
     """The model as a worker of a group calls it."""
     if member.world_size == 1:
         return model
@@ -93,7 +93,7 @@ def wrap(model: TwoViews, config: PretrainConfig, member: Member) -> nn.Module:
         device_ids=[member.device] if member.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=config.train.deterministic,
+        find_unused_parameters=deterministic,
     )
 
 

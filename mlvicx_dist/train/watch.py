@@ -28,8 +28,8 @@ class Forward(UserCallback):
     start the workers once more.
     """
 
-    def __init__(self, channel: Path, max_failures: int) -> None:
-        self.channel, self.max_failures = channel, max_failures
+    def __init__(self, channel: Path, max_failures: int, *, resumes: bool = True) -> None:
+        self.channel, self.max_failures, self.resumes = channel, max_failures, resumes
         self._failures, self._step, self._best = 0, 0, -1
         self._nodes: list[str] = []
 
@@ -69,12 +69,14 @@ class Forward(UserCallback):
         self._failures = self._failures + 1 if self._step <= self._best else 1
         self._best = self._step
         if self._failures > self.max_failures:
+            later = ", which goes on from the newest checkpoint" if self.resumes else ""
             raise TrainingError(
                 f"step {self._step}: the workers failed {self._failures} times without a step "
-                f"further, the last time with: {last}; mend that and run the same command again, "
-                "which goes on from the newest checkpoint, or raise workers.max_failures."
+                f"further, the last time with: {last}; mend that and run the same command again"
+                f"{later}, or raise workers.max_failures."
             )
-        self._say(f"worker {ranks} died ({last}); going on from the newest checkpoint")
+        now = "going on from the newest checkpoint" if self.resumes else "beginning anew"
+        self._say(f"worker {ranks} died ({last}); {now}")
 
     def _say(self, words: str) -> None:
         self._put({"said": [words]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mlvicx_dist.config import PretrainConfig, parse_config
+from mlvicx_dist.config import PretrainConfig, Workers, parse_config
 from mlvicx_dist.storage import place
 from mlvicx_dist.train.owner import check_owner, check_shared
 
@@ -53,18 +53,27 @@ def join(config: PretrainConfig, *, check_room: bool) -> Member:
     Raises:
         ResourceError: `check_room`, and this node has less memory than the worker needs.
     """
+    import ray.train
+
+    from mlvicx_dist.train.memory import check_memory
+
+    member = member_of(config.workers)
+    if check_room:
+        here = ray.train.get_context().get_local_world_size()
+        check_memory(config, member.world_size, node_workers=here, where="a node")
+    return member
+
+
+def member_of(workers: Workers) -> Member:
+    """This worker's place in its group, its threads and memory set as the settings say."""
     import ray.train.torch
     import torch
 
     from mlvicx_dist.train.allocator import keep_freed_memory
-    from mlvicx_dist.train.memory import check_memory
     from mlvicx_dist.train.step import Member
 
-    torch.set_num_threads(config.workers.cpus_per_worker)
-    if not config.workers.use_gpu:
+    torch.set_num_threads(workers.cpus_per_worker)
+    if not workers.use_gpu:
         keep_freed_memory()
     context = ray.train.get_context()
-    size, here = context.get_world_size(), context.get_local_world_size()
-    if check_room:
-        check_memory(config, size, node_workers=here, where="a node")
-    return Member(context.get_world_rank(), size, ray.train.torch.get_device())
+    return Member(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())

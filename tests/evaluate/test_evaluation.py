@@ -11,6 +11,7 @@ from mlvicx_dist.config import EvaluateConfig, parse_config
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
+from mlvicx_dist.evaluate.parts import parts_of, with_no_finding
 from mlvicx_dist.evaluate.summary import summary
 from mlvicx_dist.report.charts import of_evaluation
 
@@ -194,6 +195,54 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     assert "data:image/jpeg;base64," in page
     assert 'src="http' not in page
 
+    assert "Fine-tuned" not in page
+    cells = {
+        name: {"value": 0.125, "low": 0.1, "high": 0.2}
+        for name in (
+            "pretrained",
+            "untrained",
+            "difference",
+            "random",
+            "centre",
+            "whole",
+            "over_random",
+            "over_centre",
+            "over_whole",
+            "nothing",
+            "over_nothing",
+        )
+    }
+    by_class = {
+        kind: {c: cell for c in [*result["classes"], "mean"]} for kind, cell in cells.items()
+    }
+    result["settings"]["segment"] = {"train_encoder": False}
+    result |= {
+        "fine_tune": {
+            "auroc": by_class,
+            "epochs": {"pretrained": {"best": 2, "validation_auroc": [0.5, 0.6, 0.5]}},
+        },
+        "segment": {
+            "images": 9,
+            "positives": 4,
+            "unmarked": 3,
+            "size_px": 32,
+            "dice": {"all": cells, "positive": cells},
+        },
+        "localise": {"images": 9, "peak": cells, "overlap": cells},
+    }
+    (run_dir / "evaluations" / "phantoms.json").write_text(json.dumps(result))
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    for words in (
+        "Epoch taken of those run: pretrained 2 of 3.",
+        "Left out: 3 test images without any mask",
+        "0.125 of the centre",
+        "<td>with a mask</td><td>4</td>",
+    ):
+        assert words in page
+    assert any(line.startswith("with a mask ") for line in summary(result))
+    assert max(map(len, summary(result))) <= 100
+
     again = ["evaluate", str(run_dir), str(tmp_path / "e.yaml"), "--set", "overlap=false"]
     capsys.readouterr()
     assert main(again) == 0
@@ -243,3 +292,19 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(phantom_shards, tmp_path, ca
     error = capsys.readouterr().err
     assert "the weights do not fit the model" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_no_finding_is_what_has_none_of_the_classes(embeddings):
+    labels = embeddings.labels.copy()
+    labels[:4] = [[1, 0, np.nan], [0, 0, np.nan], [0, 0, 0], [0, np.nan, 1]]
+    changed = with_no_finding(dataclasses.replace(embeddings, labels=labels))
+    assert changed.classes == ("a", "b", "c", "No Finding")
+    assert np.array_equal(changed.labels[:4, 3], [0, np.nan, 1, 0], equal_nan=True)
+    assert np.array_equal(changed.labels[:, :3], labels, equal_nan=True)
+    # Of all classes of the shards, whichever are judged.
+    parts = parts_of(embeddings, settings(no_finding=True, classes=["a"]))
+    assert parts.classes == ["a", "No Finding"]
+    none = ~(embeddings.labels[200:] == 1).any(1)
+    assert np.array_equal(parts.test.labels[:, 1], none)
+    with pytest.raises(ConfigError, match="have a class 'No Finding' already"):
+        with_no_finding(changed)

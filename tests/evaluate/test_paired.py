@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mlvicx_dist.config import Bootstrap
-from mlvicx_dist.evaluate.paired import compare
+from mlvicx_dist.evaluate.metrics import bootstrap_means, interval
+from mlvicx_dist.evaluate.paired import compare, compare_means
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,33 @@ def test_the_mean_is_over_classes_and_lies_in_its_interval(data):
             (result[name]["a"]["value"] + result[name]["b"]["value"]) / 2
         )
         assert mean["low"] < mean["value"] < mean["high"]
+
+
+def test_a_drawn_mean_is_that_of_the_repeated_images():
+    """Draws of whole patients: 2,000 of them have the mean and the spread of a plain bootstrap."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    values = rng.random(len(patients)) + (patients % 2)
+    drawn = bootstrap_means(values, patients, draws=2000, seed=0)
+    plain = []
+    for _ in range(2000):
+        rows = [np.flatnonzero(patients == one) for one in rng.integers(0, 40, 40)]
+        plain.append(values[np.concatenate(rows)].mean())
+    assert drawn.mean() == pytest.approx(np.mean(plain), abs=0.01)
+    assert drawn.std() == pytest.approx(np.std(plain), rel=0.08)
+    # Several images of a patient do not count as several patients.
+    alone = bootstrap_means(values, np.arange(len(values)), draws=2000, seed=0)
+    assert drawn.std() > 1.3 * alone.std()
+
+
+def test_differences_of_means_are_paired():
+    rng = np.random.default_rng(0)
+    values, patients = rng.random(60), np.arange(60) // 2
+    by_name = {"one": values, "alike": values - 0.25, "chance": np.full(60, 0.5)}
+    found = compare_means(by_name, patients, Bootstrap(draws=200))
+    assert found["difference"] == pytest.approx({"value": 0.25, "low": 0.25, "high": 0.25})
+    drawn = bootstrap_means(values, patients, draws=200, seed=0)
+    low, high = interval(drawn - 0.5, 0.95)
+    assert found["over_chance"] == pytest.approx(
+        {"value": values.mean() - 0.5, "low": low, "high": high}
+    )
