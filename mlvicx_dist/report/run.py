@@ -16,7 +16,7 @@ from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contact_sheet
 from mlvicx_dist.storage import Place, read_bytes
-from mlvicx_dist.train.runlog import read_rows
+from mlvicx_dist.train.runlog import read_rows, trained_s
 
 CONTACT_IMAGES = 6
 
@@ -79,17 +79,8 @@ def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
         "epochs": last.get("epoch", 0.0),
         "images_per_s": _median([row["images_per_s"] for row in rows]),
         "data_wait": _median([row["data_wait"] for row in rows]),
-        "time": duration(_trained_s(rows)),
+        "time": duration(trained_s(rows)),
     }
-
-
-def _trained_s(rows: list[dict[str, float]]) -> float:
-    """Seconds of training over all starts: the clock of a row begins anew with each."""
-    total, before = 0.0, 0.0
-    for row in rows:
-        total += row["time_s"] - (before if row["time_s"] >= before else 0.0)
-        before = row["time_s"]
-    return total
 
 
 def _median(values: list[float]) -> float:
