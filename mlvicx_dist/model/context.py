@@ -32,6 +32,14 @@ class ContextBottleneck(nn.Module):
         )
         return gated
 
+    @torch.no_grad()
+    def places(self, x: torch.Tensor) -> torch.Tensor:
+        """The spatial gate of a map, for looking at it, [B, C, H, W] -> [B, 1, H, W] in (0, 1)."""
+        pools = torch.stack([x.mean((2, 3)), x.amax((2, 3))])[..., None, None]
+        c = sum(self.excite(self.squeeze(pool).relu()) for pool in pools).sigmoid()
+        y = x * c
+        return self.spatial(torch.cat([y.mean(1, True), y.amax(1, True)], 1)).sigmoid()
+
 
 class _Gates(torch.autograd.Function):
     """Both gates, in few passes over the map, which are what they cost.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from typing import Any
 
@@ -14,7 +12,7 @@ from mlvicx_dist.errors import ConfigError, DataError, UserError
 from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
-from mlvicx_dist.report.contact import contact_sheet
+from mlvicx_dist.report.contact import as_data_uri, contact_sheet
 from mlvicx_dist.storage import Place, read_bytes
 from mlvicx_dist.train.runlog import read_rows, trained_s
 
@@ -33,8 +31,8 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         assert isinstance(config, PretrainConfig)
     except (OSError, ValueError, AssertionError, ConfigError):
         raise DataError(
-            f"{run_dir}: it is no folder of a run or a sweep (neither config.yaml nor sweep.yaml "
-            "in it); give storage_path/name."
+            f"{run_dir}: it is no folder of a run, a sweep or a comparison (no config.yaml, "
+            "sweep.yaml or compare.yaml in it); give storage_path/name."
         ) from None
     rows = read_rows(run_dir / "metrics.jsonl")
     evaluations = [
@@ -123,6 +121,4 @@ def _contact(config: PretrainConfig) -> str:
         sheet = contact_sheet(folders, config.views, count=CONTACT_IMAGES)
     except UserError:
         return ""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return as_data_uri(sheet)
