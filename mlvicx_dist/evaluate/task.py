@@ -216,7 +216,7 @@ def read_images(path: Place) -> Images | None:
 
 def write_scores(path: Place, scores: Scores) -> None:
     """Write an encoder's scores, whole or not at all."""
-    arrays = {"probe": scores.probe, "plane": scores.plane}
+    arrays: dict[str, Any] = {"probe": scores.probe, "plane": scores.plane}
     for k, one in enumerate(scores.few):
         if one:
             arrays |= {f"few{k}": one[0], f"resampled{k}": one[1]}
@@ -237,7 +237,7 @@ def read_scores(path: Place) -> Scores | None:
     return Scores(arrays["probe"], about["validation_auroc"], few, arrays["plane"])
 
 
-def _write(path: Place, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Place, about: dict[str, Any], arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, about=np.array(json.dumps(about)), **arrays)
     make_folder(path.parent)
