@@ -251,7 +251,12 @@ def _check(
 
 
 def in_parallel(
-    function: Callable[[T], R], tasks: Sequence[T], *, workers: int | None, cpus: float = 1
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    *,
+    workers: int | None,
+    cpus: float = 1,
+    remedy: str = "give fewer with --workers",
 ) -> Iterator[tuple[T, R]]:
     """Call a function on each task, as Ray tasks; (task, result) as they come.
 
@@ -261,6 +266,7 @@ def in_parallel(
         workers: How many at once; None: as many as there are cores. 1 needs no Ray, nor does a
             single task.
         cpus: Cores of each; 0 for those that only start others, of which `workers` run at once.
+        remedy: What to do where workers die.
 
     Raises:
         ResourceError: a worker died three times.
@@ -291,7 +297,7 @@ def in_parallel(
             except RayError as error:
                 raise ResourceError(
                     f"a worker died three times ({type(error).__name__}), perhaps for want of "
-                    "memory; give fewer with --workers and run the same command again."
+                    f"memory; {remedy} and run the same command again."
                 ) from None
             running |= {remote.remote(one): one for one in islice(todo, 1)}
             yield task, result

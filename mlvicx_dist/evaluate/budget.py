@@ -48,8 +48,7 @@ def measured(folder: Place, methods: Sequence[Method], seed: int) -> tuple[int, 
     Returns:
         The signal that stopped it, or 0, and the seconds by name.
     """
-    path = folder / FILE
-    known = read_rates(path)
+    known = read_rates(folder)
     for method in methods:
         if method.name in known:
             continue
@@ -59,18 +58,19 @@ def measured(folder: Place, methods: Sequence[Method], seed: int) -> tuple[int, 
             return outcome.stopped_by, known
         rows = read_rows(outcome.run_dir / "metrics.jsonl")
         known[method.name] = seconds_a_step(rows, config.train.batch_size)
-        write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
+        write_whole(folder / FILE, (json.dumps(known, indent=1) + "\n").encode())
         if is_local(folder):
             shutil.rmtree(folder / "rates", ignore_errors=True)
     return 0, {method.name: known[method.name] for method in methods}
 
 
-def read_rates(path: Place) -> dict[str, float]:
-    """The rates that are known.
+def read_rates(folder: Place) -> dict[str, float]:
+    """The rates that are known in a comparison's folder.
 
     Raises:
         DataError: the file is damaged.
     """
+    path = folder / FILE
     with suppress(FileNotFoundError):
         try:
             return {str(k): float(v) for k, v in json.loads(read_bytes(path)).items()}

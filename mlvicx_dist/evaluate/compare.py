@@ -131,17 +131,12 @@ class Plan:
     def left(self) -> list[tuple[Method, int]]:
         """Methods and seeds that some task has not judged; seed by seed."""
         known = read_diverged(self.folder)
-        pairs = {
-            method.run(seed): (method, seed)
-            for seed in reversed(self.config.seeds)
-            for method in self.methods
-        }
-        ordered = sorted(pairs.values(), key=lambda pair: self.config.seeds.index(pair[1]))
-        return [
-            (method, seed)
-            for method, seed in ordered
-            if method.run(seed) not in known and self.unjudged(method, seed)
-        ]
+        pairs: dict[str, tuple[Method, int]] = {}
+        for seed in self.config.seeds:
+            for method in self.methods:
+                # Raw pixels are one run for all seeds.
+                pairs.setdefault(method.run(seed), (method, seed))
+        return [pair for run, pair in pairs.items() if run not in known and self.unjudged(*pair)]
 
     def unjudged(self, method: Method, seed: int) -> list[Task]:
         """The tasks that have not judged a run."""
@@ -324,7 +319,7 @@ def _train(
     by_run = {method.run(seed): (method, seed) for method, seed in trained}
     trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained]
     for number, (tree, outcome) in enumerate(
-        in_parallel(run_one, trees, workers=plan.config.at_once, cpus=0), 1
+        in_parallel(run_one, trees, workers=plan.config.at_once, cpus=0, remedy="lower at_once"), 1
     ):
         name = tree["run"]["name"]
         if isinstance(outcome, str):

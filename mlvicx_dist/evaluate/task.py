@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +257,7 @@ def _read(path: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         raise DataError(
             f"{path}: it cannot be read ({told(error)}); mend your access to it."
         ) from None
-    except (ValueError, KeyError, EOFError):
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         raise DataError(
             f"{path}: the file is damaged; remove it and run the comparison's command again."
         ) from None

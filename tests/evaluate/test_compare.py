@@ -71,7 +71,7 @@ def tree(shards, folder, **changes):
 def written(folder, settings):
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / "compare.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 
 
@@ -148,6 +148,8 @@ def test_all_is_done_once_and_shown(alone, phantom_shards, tmp_path, capsys):
 
     page_of(folder, more, capsys)
     refusals_of(path, folder, capsys)
+    last, _, _ = compared(capsys, path, "--set", "seeds=[0, 1]")
+    assert last["tasks"] == more["tasks"] and len(alone) == 4
     assert json.loads((folder / "comparison.json").read_text())["tasks"] == more["tasks"]
 
 
