@@ -109,6 +109,7 @@ def alone(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 def test_all_is_done_once_and_shown(alone, phantom_shards, tmp_path, capsys):
     path = written(tmp_path, tree(phantom_shards, tmp_path / "c", seeds=[0]))
     document, code, _ = compared(capsys, path)
@@ -204,6 +205,7 @@ def test_a_run_that_diverges_is_told_and_not_tried_again(alone, phantom_shards, 
     assert "loud-seed-3 diverged: step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_equal_time_gives_a_faster_method_more_steps(
     alone, phantom_shards, tmp_path, capsys, monkeypatch
 ):
@@ -226,6 +228,7 @@ def test_equal_time_gives_a_faster_method_more_steps(
     assert alone[4:] == ["vicreg-seed-1", "mlvicx-seed-1"]
 
 
+@pytest.mark.slow
 def test_a_task_says_what_an_evaluation_says(alone, phantom_shards, tmp_path, capsys):
     """The same run, shards and settings: the same areas, and for the floors too."""
     path = written(tmp_path, tree(phantom_shards, tmp_path / "c", seeds=[5]))
