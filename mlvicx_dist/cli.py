@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(add)
 
+    add = command(
+        "compare",
+        _compare,
+        "train methods alike with several seeds and judge them; the same command again resumes",
+    )
+    _add_config(add)
+
     add = command("evaluate", _evaluate, "probe a frozen encoder beside the same one untrained")
     add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
     _add_config(add)
@@ -101,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--use-gpu", action="store_true", help="run the encoder on the GPU")
 
     add = command(
-        "report", _report, "write the report of a run or a sweep: one self-contained HTML page"
+        "report", _report, "write the report of a run, a sweep or a comparison: one HTML page"
     )
-    add.add_argument("run", help="the folder of the run or sweep")
+    add.add_argument("run", help="the folder of the run, sweep or comparison")
 
     add = command("export", _export, "write an encoder as safetensors with its model card")
     add.add_argument("checkpoint", help="a run, a checkpoint or an export folder")
@@ -226,6 +233,15 @@ def _sweep(options: argparse.Namespace) -> Answer:
 
     config = load_as(SweepConfig, options.config, options.overrides)
     outcome = sweep(config)
+    code = 128 + outcome.stopped_by if outcome.stopped_by else 0
+    return Answer(outcome.document(), outcome.lines(), code)
+
+
+def _compare(options: argparse.Namespace) -> Answer:
+    from mlvicx_dist.config import CompareConfig, load_as
+    from mlvicx_dist.evaluate.compare import compare
+
+    outcome = compare(load_as(CompareConfig, options.config, options.overrides))
     code = 128 + outcome.stopped_by if outcome.stopped_by else 0
     return Answer(outcome.document(), outcome.lines(), code)
 

@@ -251,15 +251,22 @@ def _check(
 
 
 def in_parallel(
-    function: Callable[[T], R], tasks: Sequence[T], *, workers: int | None
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    *,
+    workers: int | None,
+    cpus: float = 1,
+    remedy: str = "give fewer with --workers",
 ) -> Iterator[tuple[T, R]]:
-    """Call a function on each task, as Ray tasks of one core; (task, result) as they come.
+    """Call a function on each task, as Ray tasks; (task, result) as they come.
 
     Args:
         function: A function of a module, which every node can import.
         tasks: Its arguments; only few more of them than there are workers are under way at a time.
         workers: How many at once; None: as many as there are cores. 1 needs no Ray, nor does a
             single task.
+        cpus: Cores of each; 0 for those that only start others, of which `workers` run at once.
+        remedy: What to do where workers die.
 
     Raises:
         ResourceError: a worker died three times.
@@ -273,10 +280,11 @@ def in_parallel(
     from ray.exceptions import RayError, RayTaskError
 
     with ray_session({"CPU": 1}, asked="this command", remedy="give --workers 1"):
-        remote = ray.remote(num_cpus=1, max_retries=2)(function)
+        remote = ray.remote(num_cpus=cpus, max_retries=2)(function)
         cores = int(ray.cluster_resources().get("CPU", 1))
         # Where all cores are at work, some tasks wait in line, so that no core waits for one.
-        at_once = workers if workers and workers < cores else cores + cores // 8 + 1
+        least = cores + cores // 8 + 1
+        at_once = workers if workers and (workers < cores or not cpus) else least
         todo = iter(tasks)
         running = {remote.remote(task): task for task in islice(todo, at_once)}
         while running:
@@ -289,7 +297,7 @@ def in_parallel(
             except RayError as error:
                 raise ResourceError(
                     f"a worker died three times ({type(error).__name__}), perhaps for want of "
-                    "memory; give fewer with --workers and run the same command again."
+                    f"memory; {remedy} and run the same command again."
                 ) from None
             running |= {remote.remote(one): one for one in islice(todo, 1)}
             yield task, result

@@ -5,6 +5,7 @@ whatever is wrong in it becomes one sentence that names the file, the key and th
 """
 
 from mlvicx_dist.config.base import Settings
+from mlvicx_dist.config.compare import FLOORS, PIXELS, UNTRAINED, CompareConfig, Task
 from mlvicx_dist.config.evaluate import (
     Bootstrap,
     EvaluateConfig,
@@ -25,6 +26,7 @@ from mlvicx_dist.config.files import (
 )
 from mlvicx_dist.config.pretrain import (
     LOSS_KEYS,
+    MAY_VARY,
     METHODS,
     LocalHead,
     Loss,
@@ -42,9 +44,14 @@ from mlvicx_dist.config.pretrain import (
 from mlvicx_dist.config.sweep import Dimension, Search, SweepConfig, Target
 
 __all__ = [
+    "FLOORS",
     "LOSS_KEYS",
+    "MAY_VARY",
     "METHODS",
+    "PIXELS",
+    "UNTRAINED",
     "Bootstrap",
+    "CompareConfig",
     "Config",
     "Dimension",
     "EvaluateConfig",
@@ -65,6 +72,7 @@ __all__ = [
     "Settings",
     "SweepConfig",
     "Target",
+    "Task",
     "Train",
     "VicWeights",
     "Views",

@@ -14,17 +14,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mlvicx_dist.config.base import Settings
+from mlvicx_dist.config.compare import CompareConfig
 from mlvicx_dist.config.evaluate import EvaluateConfig
 from mlvicx_dist.config.pretrain import PretrainConfig
 from mlvicx_dist.config.sweep import SweepConfig
 from mlvicx_dist.errors import ConfigError, nearest
 
-Config = PretrainConfig | EvaluateConfig | SweepConfig
-C = TypeVar("C", PretrainConfig, EvaluateConfig, SweepConfig)
+Config = PretrainConfig | EvaluateConfig | SweepConfig | CompareConfig
+C = TypeVar("C", PretrainConfig, EvaluateConfig, SweepConfig, CompareConfig)
 KINDS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
+    "compare": CompareConfig,
 }
 
 

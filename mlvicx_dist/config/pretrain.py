@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,11 @@ METHODS: dict[str, str] = {
     "simsiam": "SimSiam (arXiv 2011.10566)",
 }
 """What pages call them."""
+MAY_VARY = re.compile(
+    r"^(loss|model|views)\.|"
+    r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over)$"
+)
+"""What makes two runs other than each other, yet leaves a step of one the step of another."""
 PREDICTOR_WIDTH = 512
 """SimSiam's own (Chen and He 2021, section 3)."""
 
@@ -151,6 +157,8 @@ class Train(Settings):
 
     batch_size: Annotated[int, Field(ge=2)] = 256
     epochs: Count = 300
+    steps: Count | None = None
+    """The length of the run and its schedule in steps, in place of `epochs`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Literal["lars", "adamw"] = "lars"
     learning_rate_per_256: Positive = 0.2
@@ -165,6 +173,10 @@ class Train(Settings):
     init_from: str | None = None
     """A checkpoint, export or run whose weights this run starts from."""
     log_every_steps: Count = 10
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        return self.steps or self.epochs * steps_per_epoch
 
 
 class Workers(Settings):

@@ -17,8 +17,9 @@ def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
     Signal Processing Letters 21 (2014).
 
     Args:
-        first: Scores, [n].
-        second: Other scores, [n].
+        first: Scores, [n]; or of several runs, [n, S]: their mean AUROC is compared, the runs
+            being given.
+        second: Other scores, [n] or [n, S].
         labels: [n], 0, 1 or NaN (left out).
 
     Returns:
@@ -30,11 +31,12 @@ def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
         return float("nan")
     over_negatives, under_positives = np.empty((2, m)), np.empty((2, n))
     for k, scores in enumerate((first, second)):
-        x, y = scores[positive], scores[negative]
-        ranks = rankdata(np.concatenate([x, y]))
+        columns = scores.reshape(len(labels), -1)
+        x, y = columns[positive], columns[negative]
+        ranks = rankdata(np.concatenate([x, y]), axis=0)
         # The share of negatives below each positive, and of positives above each negative.
-        over_negatives[k] = (ranks[:m] - rankdata(x)) / n
-        under_positives[k] = 1 - (ranks[m:] - rankdata(y)) / m
+        over_negatives[k] = ((ranks[:m] - rankdata(x, axis=0)) / n).mean(1)
+        under_positives[k] = (1 - (ranks[m:] - rankdata(y, axis=0)) / m).mean(1)
     difference = over_negatives[0].mean() - over_negatives[1].mean()
     variance = (
         np.var(over_negatives[0] - over_negatives[1], ddof=1) / m

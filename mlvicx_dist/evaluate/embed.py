@@ -106,6 +106,23 @@ def embed_shards(
     )
 
 
+def about_shards(
+    folders: Sequence[str | Path], *, splits: Sequence[str]
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """What `embed_shards` would know of each image, in its order, and the classes.
+
+    Raises:
+        DataError: a folder has no such split, or a shard cannot be read.
+    """
+    shards = _open(folders, splits)
+    about = [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
+    return about, _classes(shards)
+
+
+def _classes(shards: ShardSet) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
+
+
 @torch.inference_mode()
 def embed_samples(
     encoders: Sequence[nn.Module],
@@ -120,7 +137,7 @@ def embed_samples(
     """Embed chosen samples of open shards, see `embed_shards`; `samples` are global indices."""
     device = device_of(use_gpu)
     encoders = [encoder.to(device).eval() for encoder in encoders]
-    classes = tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
+    classes = _classes(shards)
     loader: DataLoader[Any] = DataLoader(
         Subset(WholeImages(shards, size_px), samples),
         batch_size=batch_size,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from mlvicx_dist.config import EvaluateConfig, to_tree
+from mlvicx_dist.config import PIXELS, EvaluateConfig, to_tree
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
@@ -27,7 +27,7 @@ from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.overlap import overlap_with_run
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
-from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for
+from mlvicx_dist.evaluate.pixels import Pixels, fit_for
 from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups

@@ -6,15 +6,14 @@ beginning: the same patients for every encoder, those of a small share among tho
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from mlvicx_dist.config import EvaluateConfig, FewLabels
-from mlvicx_dist.evaluate.metrics import bootstrap_areas, over_classes
+from mlvicx_dist.evaluate.metrics import bootstrap_areas, half_width, over_classes
 from mlvicx_dist.evaluate.parts import Part, Parts
 from mlvicx_dist.evaluate.pixels import fit_for
 from mlvicx_dist.evaluate.probe import mean_auroc
@@ -39,10 +38,46 @@ def few_labels(
         encoder and `difference` (the first minus the second) `value`, the mean over the draws,
         `low`, `high` and `draws`.
     """
-    shares = [(fraction, drawn_rows(parts.train, fraction, few)) for fraction in few.fractions]
-    fits = len(features) * sum(len(draws) for _, draws in shares)
+    shares = shares_of(parts, few)
+    fits = len(features) * sum(len(share.draws) for share in shares)
     with progress("few labels", fits, "probes") as bar:
-        return [_share(features, parts, settings, one, draws, bar) for one, draws in shares]
+        return [_share(features, parts, settings, share, bar) for share in shares]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the training patients.
+
+    Attributes:
+        fraction: Of the patients.
+        draws: Which training images each draw holds, bool [n].
+        kept: Places of the classes that every draw holds with both labels.
+        left_out: The other classes, and why.
+    """
+
+    fraction: float
+    draws: list[np.ndarray]
+    kept: list[int]
+    left_out: dict[str, str]
+
+    def about(self, parts: Parts) -> dict[str, Any]:
+        """What is known of it before a probe is fitted, as JSON values."""
+        return {
+            "fraction": self.fraction,
+            "patients": len(np.unique(parts.train.patients[self.draws[0]])),
+            "images": [int(chosen.sum()) for chosen in self.draws],
+            "classes": [parts.classes[k] for k in self.kept],
+            "left_out": self.left_out,
+        }
+
+
+def shares_of(parts: Parts, few: FewLabels) -> list[Share]:
+    """Every share with its draws and classes."""
+    shares = []
+    for fraction in few.fractions:
+        draws = drawn_rows(parts.train, fraction, few)
+        shares.append(Share(fraction, draws, *_judged(parts, draws)))
+    return shares
 
 
 def drawn_rows(train: Part, fraction: float, few: FewLabels) -> list[np.ndarray]:
@@ -58,63 +93,74 @@ def drawn_rows(train: Part, fraction: float, few: FewLabels) -> list[np.ndarray]
     return draws
 
 
+def share_areas(
+    name: str,
+    features: np.ndarray,
+    share: Share,
+    parts: Parts,
+    settings: EvaluateConfig,
+    bar: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean AUROC of a share's classes for one encoder.
+
+    Args:
+        name: Of the encoder.
+        features: Of all images, [all, F].
+        share: It has a class that can be judged.
+        parts: The images and classes.
+        settings: Probe and bootstrap.
+        bar: Hears of each probe.
+
+    Returns:
+        One a draw, [D], and the same under resampled test patients, [D, R].
+    """
+    train, test, bootstrap = parts.train, parts.test, settings.bootstrap
+    kept, labels = share.kept, test.labels[:, share.kept]
+    x, y, z = (features[part.rows] for part in (train, parts.val, test))
+    areas, drawn = [], []
+    for chosen in share.draws:
+        probe = fit_for(
+            name,
+            x[chosen],
+            train.labels[chosen][:, kept],
+            validation=(y, parts.val.labels[:, kept]),
+            settings=settings.probe,
+        )
+        scores = probe.scores(z)
+        areas.append(mean_auroc(scores, labels))
+        of_patients = bootstrap_areas(
+            scores, labels, test.patients, draws=bootstrap.draws, seed=bootstrap.seed
+        )
+        drawn.append(over_classes(of_patients.auroc))
+        bar.advance()
+    return np.array(areas), np.array(drawn)
+
+
 def _share(
     features: Mapping[str, np.ndarray],
     parts: Parts,
     settings: EvaluateConfig,
-    fraction: float,
-    draws: list[np.ndarray],
+    share: Share,
     bar: Progress,
 ) -> dict[str, Any]:
-    train, test, bootstrap = parts.train, parts.test, settings.bootstrap
-    kept, left_out = _judged(parts, draws)
-    result: dict[str, Any] = {
-        "fraction": fraction,
-        "patients": len(np.unique(train.patients[draws[0]])),
-        "images": [int(chosen.sum()) for chosen in draws],
-        "classes": [parts.classes[k] for k in kept],
-        "left_out": left_out,
-    }
-    if not kept:
-        bar.advance(len(features) * len(draws))
+    result = share.about(parts)
+    if not share.kept:
+        bar.advance(len(features) * len(share.draws))
         return result
-    values: dict[str, np.ndarray] = {}
-    resampled: dict[str, np.ndarray] = {}
-    for name, all_features in features.items():
-        x, y, z = (all_features[part.rows] for part in (train, parts.val, test))
-        areas, drawn = [], []
-        for chosen in draws:
-            probe = fit_for(
-                name,
-                x[chosen],
-                train.labels[chosen][:, kept],
-                validation=(y, parts.val.labels[:, kept]),
-                settings=settings.probe,
-            )
-            scores = probe.scores(z)
-            areas.append(mean_auroc(scores, test.labels[:, kept]))
-            of_patients = bootstrap_areas(
-                scores,
-                test.labels[:, kept],
-                test.patients,
-                draws=bootstrap.draws,
-                seed=bootstrap.seed,
-            )
-            drawn.append(over_classes(of_patients.auroc))
-            bar.advance()
-        values[name], resampled[name] = np.array(areas), np.array(drawn)
-    first, second, *_ = features
-    values["difference"] = values[first] - values[second]
-    resampled["difference"] = resampled[first] - resampled[second]
-    patients = len(np.unique(test.patients))
-    for name in values:
-        reach = half_width(values[name], resampled[name], patients, bootstrap.confidence)
-        mean = float(values[name].mean())
+    found = {
+        name: share_areas(name, one, share, parts, settings, bar) for name, one in features.items()
+    }
+    first, second, *_ = (found[name] for name in features)
+    found["difference"] = first[0] - second[0], first[1] - second[1]
+    patients = len(np.unique(parts.test.patients))
+    for name, (values, resampled) in found.items():
+        reach = half_width(values, resampled, patients, settings.bootstrap.confidence)
+        mean = float(values.mean())
         result[name] = {
             "value": mean,
             "low": mean - reach,
             "high": mean + reach,
-            "draws": values[name].tolist(),
+            "draws": values.tolist(),
         }
     return result
 
@@ -131,27 +177,3 @@ def _judged(parts: Parts, draws: list[np.ndarray]) -> tuple[list[int], dict[str,
             missing = f"{len(held) - sum(held)} of {len(held)} draws"
             left_out[name] = f"{missing} have no positive or no negative of {name}"
     return kept, left_out
-
-
-def half_width(
-    values: np.ndarray, resampled: np.ndarray, patients: int, confidence: float
-) -> float:
-    """Half an interval for the mean over draws that counts the spread of draws and of patients.
-
-    The variance is that of the mean of the draws plus that, over resampled test patients, of the
-    same mean; Student's quantile with the degrees of freedom of Welch and Satterthwaite.
-
-    Args:
-        values: One a draw, [D].
-        resampled: The same under resampled patients, [D, R].
-        patients: In the test split.
-        confidence: Of the interval.
-    """
-    count = len(values)
-    of_draws = float(np.var(values, ddof=1)) / count if count > 1 else 0.0
-    of_patients = float(np.nanvar(resampled.mean(0), ddof=1))
-    total = of_draws + of_patients
-    if total == 0:
-        return 0.0
-    freedom = total**2 / (of_draws**2 / max(count - 1, 1) + of_patients**2 / max(patients - 1, 1))
-    return float(stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(total)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
+from scipy.special import stdtrit
 
 from mlvicx_dist.errors import DataError
 
@@ -204,3 +206,32 @@ def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def half_width(
+    values: np.ndarray, resampled: np.ndarray, patients: int, confidence: float
+) -> float:
+    """Half an interval for a mean that counts the spread of draws or seeds and of patients.
+
+    The variance is that of the mean over each crossed factor, such as seeds and draws of labels,
+    plus that, over resampled test patients, of the same mean; Student's quantile with the degrees
+    of freedom of Welch and Satterthwaite. A factor with one value has no spread that could count.
+
+    Args:
+        values: One a draw, [D], or a seed and a draw, [S, D].
+        resampled: The same under resampled patients, [..., R].
+        patients: In the test split.
+        confidence: Of the interval.
+    """
+    axes = tuple(range(values.ndim))
+    parts = [(float(np.nanvar(resampled.mean(axes), ddof=1)), max(patients - 1, 1))]
+    for axis in axes:
+        count = values.shape[axis]
+        if count > 1:
+            means = values.mean(tuple(other for other in axes if other != axis))
+            parts.append((float(np.var(means, ddof=1)) / count, count - 1))
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / free for variance, free in parts)
+    return float(stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(total)

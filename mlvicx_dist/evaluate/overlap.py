@@ -38,7 +38,7 @@ def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[st
         config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
         if not isinstance(config, PretrainConfig):
             return {"unknown": f"{path} is no pretraining's"}
-        seen = list(_pretraining(config))
+        seen = list(pretraining_images(config))
     except FileNotFoundError:
         return {"unknown": f"there is no {path}, which names them"}
     except OSError as error:
@@ -78,8 +78,12 @@ def overlap_words(found: Mapping[str, Any]) -> str:
     ).format(**found)
 
 
-def _pretraining(config: PretrainConfig) -> Iterator[Hashed]:
-    """The images that a run is trained on."""
+def pretraining_images(config: PretrainConfig) -> Iterator[Hashed]:
+    """The images that a run is trained on.
+
+    Raises:
+        UserError: the shards cannot be read.
+    """
     manifests = []
     for folder in config.data.shards:
         manifest = read_manifest(folder.path)

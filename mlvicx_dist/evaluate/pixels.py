@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mlvicx_dist.config import Probe
+from mlvicx_dist.config import PIXELS, Probe
 from mlvicx_dist.evaluate.probe import Fitted, Weights, best_on, fit_probe, standardised
 
-PIXELS = "pixels"
 SIDE_PX = 24
 PENALTIES = tuple(10.0**k for k in range(3, -4, -1))
 

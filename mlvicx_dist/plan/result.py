@@ -64,7 +64,7 @@ class Plan:
     device: str
     group: Group
     batch: int
-    epochs: int
+    epochs: float
     steps: int
     work: Work
     exchange: Exchange
@@ -159,7 +159,7 @@ class Plan:
             (
                 "time",
                 f"{duration(3600 * self.hours)} for {self.steps} steps, "
-                f"{self.epochs} epochs of {loading.images} images",
+                f"{self.epochs:g} epochs of {loading.images} images",
             ),
         ]
         if self.cost is not None:

@@ -52,11 +52,11 @@ def of_evaluation(result: Mapping[str, Any]) -> list[Chart]:
         for one in result.get("few_labels", [])
         if "difference" in one
     }
-    charts = [_differences("What pretraining adds", of_classes), _roc(result)]
+    charts = [differences("What pretraining adds", of_classes), _roc(result)]
     if of_groups:
-        charts.append(_differences("What it adds in subgroups, mean", of_groups))
+        charts.append(differences("What it adds in subgroups, mean", of_groups))
     if of_shares:
-        charts.append(_differences("What it adds with few labels, mean", of_shares))
+        charts.append(differences("What it adds with few labels, mean", of_shares))
     return charts
 
 
@@ -82,7 +82,12 @@ def _lines(title: str, unit: str, rows: Sequence[Row], keys: Mapping[str, str]) 
     return chart(title, traces, layout)
 
 
-def _differences(title: str, by_name: Mapping[str, Mapping[str, float]]) -> Chart:
+def differences(
+    title: str,
+    by_name: Mapping[str, Mapping[str, float]],
+    axis: str = "AUROC, pretrained minus untrained",
+) -> Chart:
+    """Differences with their intervals, one below the other; `axis` says of what."""
     names, cells = list(by_name), list(by_name.values())
     trace = {
         "x": [cell["value"] for cell in cells],
@@ -101,7 +106,7 @@ def _differences(title: str, by_name: Mapping[str, Mapping[str, float]]) -> Char
         "hovertemplate": "%{y}: %{x:+.3f}<extra></extra>",
     }
     layout = {
-        "xaxis": {"title": {"text": "AUROC, pretrained minus untrained"}, "zeroline": True},
+        "xaxis": {"title": {"text": axis}, "zeroline": True},
         "yaxis": {"autorange": "reversed", "showgrid": False, "automargin": True},
         "showlegend": False,
         "height": 110 + 34 * len(names),

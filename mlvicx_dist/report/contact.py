@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +60,13 @@ def contact_sheet(
             sheet.paste(picture, (left + number * (CELL_PX + GAP_PX), top))
         draw.text((left, top + CELL_PX + 2), _caption(known), fill=TEXT)
     return sheet
+
+
+def as_data_uri(picture: Image.Image) -> str:
+    """A picture as what a page can hold in itself."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _marked(

@@ -6,28 +6,37 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.evaluate import comparison
+from mlvicx_dist.report.compare import of_comparison
 from mlvicx_dist.report.run import of_run
 from mlvicx_dist.report.sweep import SETTINGS, of_sweep
 from mlvicx_dist.storage import Place, place, reaching, told, write_whole
 
+KINDS = {
+    SETTINGS: (of_sweep, "sweep.html.j2"),
+    comparison.SETTINGS: (of_comparison, "compare.html.j2"),
+}
+"""By the settings file that a folder has: where a page's values come from, and its template."""
+
 
 def write_report(folder: str | Place) -> Place:
-    """Write `report.html` into the folder of a run or a sweep, local or remote, finished or not.
+    """Write `report.html` into the folder of a run, a sweep or a comparison, finished or not.
 
     Raises:
-        DataError: the folder is neither, or cannot be reached or written.
+        DataError: the folder is none of these, or cannot be reached or written.
     """
     folder = place(folder)
     try:
         with reaching(folder):
-            swept = (folder / SETTINGS).is_file()
+            kind = next((kind for kind in KINDS if (folder / kind).is_file()), None)
     except OSError as error:
         raise DataError(
             f"{folder}: the folder cannot be read ({told(error)}); mend your access to it."
         ) from None
-    values = of_sweep(folder) if swept else of_run(folder)
+    values_of, page = KINDS.get(kind or "", (of_run, "run.html.j2"))
+    values = values_of(folder)
     environment = Environment(loader=PackageLoader("mlvicx_dist.report"), autoescape=True)
-    template = environment.get_template("sweep.html.j2" if swept else "run.html.j2")
+    template = environment.get_template(page)
     path = folder / "report.html"
     try:
         write_whole(path, template.render(**values, plotly=get_plotlyjs()).encode())

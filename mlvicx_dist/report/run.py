@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from typing import Any
 
@@ -15,9 +13,9 @@ from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.evaluate.tables import tables
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
-from mlvicx_dist.report.contact import contact_sheet
+from mlvicx_dist.report.contact import as_data_uri, contact_sheet
 from mlvicx_dist.storage import Place, read_bytes
-from mlvicx_dist.train.runlog import read_rows
+from mlvicx_dist.train.runlog import read_rows, trained_s
 
 CONTACT_IMAGES = 6
 
@@ -34,8 +32,8 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         assert isinstance(config, PretrainConfig)
     except (OSError, ValueError, AssertionError, ConfigError):
         raise DataError(
-            f"{run_dir}: it is no folder of a run or a sweep (neither config.yaml nor sweep.yaml "
-            "in it); give storage_path/name."
+            f"{run_dir}: it is no folder of a run, a sweep or a comparison (no config.yaml, "
+            "sweep.yaml or compare.yaml in it); give storage_path/name."
         ) from None
     rows = read_rows(run_dir / "metrics.jsonl")
     evaluations = [
@@ -81,17 +79,8 @@ def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
         "epochs": last.get("epoch", 0.0),
         "images_per_s": _median([row["images_per_s"] for row in rows]),
         "data_wait": _median([row["data_wait"] for row in rows]),
-        "time": duration(_trained_s(rows)),
+        "time": duration(trained_s(rows)),
     }
-
-
-def _trained_s(rows: list[dict[str, float]]) -> float:
-    """Seconds of training over all starts: the clock of a row begins anew with each."""
-    total, before = 0.0, 0.0
-    for row in rows:
-        total += row["time_s"] - (before if row["time_s"] >= before else 0.0)
-        before = row["time_s"]
-    return total
 
 
 def _median(values: list[float]) -> float:
@@ -134,6 +123,4 @@ def _contact(config: PretrainConfig) -> str:
         sheet = contact_sheet(folders, config.views, count=CONTACT_IMAGES)
     except UserError:
         return ""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return as_data_uri(sheet)

@@ -64,7 +64,7 @@ def check_fingerprint(
         CheckpointError: something changed; names what.
     """
     changed: list[str] = []
-    there = _read(run_dir / FILE)
+    there = read_fingerprint(run_dir)
     if there is not None:
         old, new = _flat(there), _flat(wanted)
         changed = [
@@ -93,7 +93,13 @@ def accept_fingerprint(run_dir: Place, wanted: dict[str, Any]) -> None:
     write_whole(run_dir / FILE, (json.dumps(wanted, indent=1) + "\n").encode())
 
 
-def _read(path: Place) -> dict[str, Any] | None:
+def read_fingerprint(run_dir: Place) -> dict[str, Any] | None:
+    """The fingerprint that is there, or None.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = run_dir / FILE
     try:
         tree = json.loads(read_bytes(path))
     except FileNotFoundError:

@@ -79,8 +79,8 @@ def pretrain(
     config = absolute(config)
     run_dir = place(config.run.storage_path) / config.run.name
     shards = open_shards(config)
-    total = config.train.epochs * steps_per_epoch(
-        shards.sizes, config.train.batch_size, shards.weights
+    total = config.train.total_steps(
+        steps_per_epoch(shards.sizes, config.train.batch_size, shards.weights)
     )
     check_workers(config)
     check_model(config)

@@ -86,7 +86,7 @@ def train(
     _check_precision(config, member, said.append)
     shards = open_shards(config)
     steps = steps_of(config, shards, member)
-    total = steps.steps_per_epoch * config.train.epochs
+    total = config.train.total_steps(steps.steps_per_epoch)
     agreement = Agreement(
         member.rank, member.world_size, timeout_s=config.workers.collective_timeout_s
     )

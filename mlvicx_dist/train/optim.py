@@ -92,7 +92,7 @@ def learning_rate(step: int, *, settings: Train, steps_per_epoch: int) -> float:
         steps_per_epoch: Optimizer steps an epoch.
     """
     peak = settings.learning_rate_per_256 * settings.batch_size / 256
-    total = settings.epochs * steps_per_epoch
+    total = settings.total_steps(steps_per_epoch)
     warmup = settings.warmup_epochs * steps_per_epoch
     if step < warmup:
         return peak * step / warmup

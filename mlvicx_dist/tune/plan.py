@@ -67,7 +67,7 @@ def make_plan(config: SweepConfig) -> Plan:
     largest = _check_points(space, points)
     shards = open_shards(base)
     per_epoch = steps_per_epoch(shards.sizes, base.train.batch_size, shards.weights)
-    total = base.train.epochs * per_epoch
+    total = base.train.total_steps(per_epoch)
     _check_target(config, total)
     warmups = [space.config(point).train.warmup_epochs for point in [{}, *points]]
     wanted = config.asha.grace_steps if config.asha else None

@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 
 from mlvicx_dist.config import (
+    MAY_VARY,
     Dimension,
     PretrainConfig,
     SweepConfig,
@@ -28,11 +29,6 @@ from mlvicx_dist.errors import ConfigError, nearest
 
 Point = Mapping[str, Any]
 
-MAY_VARY = re.compile(
-    r"^(loss|model|views)\.|"
-    r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over)$"
-)
-"""What makes trials other than each other, yet leaves a step of one the step of another."""
 LOCAL = re.compile(r"^(loss\.local\.|loss\.lambda_local$|loss\.level_weights\.|model\.local\.)")
 LEVEL_WEIGHT = re.compile(r"^loss\.level_weights\.(\d+)$")
 FUSION, LEVELS = "model.local.fusion", "model.levels"

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import t
 
 from mlvicx_dist.config import EvaluateConfig, FewLabels
-from mlvicx_dist.evaluate.few import drawn_rows, few_labels, half_width
-from mlvicx_dist.evaluate.metrics import auroc
+from mlvicx_dist.evaluate.few import drawn_rows, few_labels
+from mlvicx_dist.evaluate.metrics import auroc, half_width
 from mlvicx_dist.evaluate.parts import Part, Parts
 from mlvicx_dist.evaluate.probe import fit_probe
 

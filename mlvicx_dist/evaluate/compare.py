@@ -1,0 +1,377 @@
+"""A comparison from its settings to its table: methods times seeds, each judged by every task.
+
+Each method and seed is an ordinary run below `runs/`. What its probes say of the test images is a
+file below `scores/`: the same command again goes on from whatever of these is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from mlvicx_dist.config import (
+    PIXELS,
+    CompareConfig,
+    PretrainConfig,
+    Task,
+    parse_config,
+    to_tree,
+)
+from mlvicx_dist.errors import ConfigError, DataError, DivergenceError
+from mlvicx_dist.evaluate.budget import equal_time, measured
+from mlvicx_dist.evaluate.compare_table import lines
+from mlvicx_dist.evaluate.comparison import (
+    RESULT,
+    SETTINGS,
+    TABLE,
+    images_path,
+    read_diverged,
+    scores_path,
+    write_diverged,
+    write_found,
+)
+from mlvicx_dist.evaluate.methods import Method, methods_of
+from mlvicx_dist.evaluate.pixels import Pixels
+from mlvicx_dist.evaluate.task import (
+    Images,
+    images_of,
+    read_images,
+    score,
+    splits_of,
+    write_images,
+    write_scores,
+)
+from mlvicx_dist.model.encoder import Encoder
+from mlvicx_dist.progress import say
+from mlvicx_dist.session import in_parallel, ray_session
+from mlvicx_dist.storage import Place, is_local, make_folder, place, write_whole
+from mlvicx_dist.stream.order import steps_per_epoch
+from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
+from mlvicx_dist.train.drive import each
+from mlvicx_dist.train.fingerprint import (
+    accept_fingerprint,
+    check_fingerprint,
+    fingerprint,
+    read_fingerprint,
+)
+from mlvicx_dist.train.launch import (
+    Outcome,
+    absolute,
+    check_model,
+    check_workers,
+    pretrain,
+    writing,
+)
+from mlvicx_dist.train.owner import once_free, only_driver
+from mlvicx_dist.train.source import open_shards
+from mlvicx_dist.train.step import Member, make_model
+
+GOODBYE_S = 30.0
+"""How long a driver that was just killed may still hold its run or comparison in a cluster."""
+COMPARISON = ("comparison", "name")
+"""What is refused, in the words of a comparison's settings."""
+SAME_SCORES = {"data": ("loader_workers",), "embedding": ("batch_size", "use_gpu")}
+"""Settings of a task that leave its scores as they are."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` did.
+
+    Attributes:
+        folder: The comparison's folder.
+        result: What is found so far, as JSON values.
+        stopped_by: The signal that stopped it before its end, or 0.
+    """
+
+    folder: Place
+    result: dict[str, Any]
+    stopped_by: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """For machines."""
+        stopped = bool(self.stopped_by)
+        return {"comparison": str(self.folder), "stopped": stopped, **self.result}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if self.stopped_by:
+            last = "Stopped; the same command goes on, and no finished run is lost."
+        else:
+            last = f"Next: mlvicx report {self.folder}"
+        return [*lines(self.result), f"Written: {self.folder / RESULT}, {TABLE}.", last]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison whose settings and data hold together.
+
+    Attributes:
+        config: The settings, with absolute paths.
+        folder: Where it lives.
+        methods: In the order of the settings.
+        total: Steps of the common settings.
+        identity: What makes its runs comparable; another one of it is another comparison.
+    """
+
+    config: CompareConfig
+    folder: Place
+    methods: list[Method]
+    total: int
+    identity: dict[str, Any]
+
+    def left(self) -> list[tuple[Method, int]]:
+        """Methods and seeds that some task has not judged; seed by seed."""
+        known = read_diverged(self.folder)
+        pairs: dict[str, tuple[Method, int]] = {}
+        for seed in self.config.seeds:
+            for method in self.methods:
+                # Raw pixels are one run for all seeds.
+                pairs.setdefault(method.run(seed), (method, seed))
+        return [pair for run, pair in pairs.items() if run not in known and self.unjudged(*pair)]
+
+    def unjudged(self, method: Method, seed: int) -> list[Task]:
+        """The tasks that have not judged a run."""
+        return [
+            task
+            for task in self.config.tasks
+            if not scores_path(self.folder, task.name, method.run(seed)).exists()
+        ]
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Train and judge what has not been yet; the same call again goes on.
+
+    Raises:
+        UserError: something that the user can mend, said in one sentence.
+        TrainingError: a run could not go on.
+    """
+    plan = make_plan(config)
+    config, folder = plan.config, plan.folder
+    stopped = 0
+    with ExitStack() as stack:
+        with writing(folder, "storage_path"):
+            make_folder(folder)
+            stack.enter_context(only_driver(folder, *COMPARISON))
+            _settle(plan)
+            settings = yaml.safe_dump(to_tree(config), sort_keys=False)
+            write_whole(folder / SETTINGS, settings.encode())
+        images = {task.name: _images(plan, task) for task in config.tasks}
+        left = plan.left()
+        trained = [(method, seed) for method, seed in left if not method.floor]
+        for method, seed in left:
+            if method.floor:
+                _judge(plan, method, seed, images)
+        if trained:
+            _connect(plan, stack)
+            stopped, steps = _steps(plan)
+            if not stopped:
+                stopped = _train(plan, trained, steps, images)
+        result = write_found(plan.folder, config)
+    return Comparison(folder, result, stopped)
+
+
+def make_plan(config: CompareConfig) -> Plan:
+    """Check a comparison and say what it will do.
+
+    Raises:
+        UserError: something that the user can mend, said in one sentence.
+    """
+    config = _absolute(config)
+    check_workers(config.pretrain)
+    methods = methods_of(config)
+    for method in methods:
+        try:
+            check_model(method.settings)
+        except ConfigError as error:
+            raise ConfigError(f"methods.{method.name}: {error}") from None
+    shards = open_shards(config.pretrain)
+    train = config.pretrain.train
+    per_epoch = steps_per_epoch(shards.sizes, train.batch_size, shards.weights)
+    return Plan(
+        config,
+        place(config.storage_path) / config.name,
+        methods,
+        train.total_steps(per_epoch),
+        _identity(config, shards.digests()),
+    )
+
+
+def _absolute(config: CompareConfig) -> CompareConfig:
+    """The settings with absolute paths: workers start in another folder."""
+    if not is_local(place(config.storage_path)):
+        raise DataError(
+            f"{config.storage_path}: a comparison is kept in a folder; set storage_path to one "
+            "that all nodes see."
+        )
+    tree = to_tree(config)
+    tree["pretrain"] |= to_tree(absolute(config.pretrain))
+    tree["storage_path"] = str(place(config.storage_path))
+    for task in tree["tasks"]:
+        task["data"]["shards"] = [str(place(path)) for path in task["data"]["shards"]]
+    return CompareConfig.model_validate(tree)
+
+
+def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
+    common = fingerprint(config.pretrain, manifests)
+    common["train"].pop("seed")
+    tasks: dict[str, Any] = {}
+    for task in config.tasks:
+        tree = to_tree(task)
+        for section, keys in SAME_SCORES.items():
+            for key in keys:
+                tree[section].pop(key)
+        opened = ShardSet.open(task.data.shards, splits=splits_of(task))
+        tree["data"]["shards"] = opened.digests()
+        tasks[task.name] = tree
+    return {
+        "pretrain": common,
+        "methods": to_tree(config)["methods"],
+        "tasks": tasks,
+        # What the others' length follows from.
+        "budget": config.budget if config.budget == "images" else f"the time of {config.first}",
+    }
+
+
+def _settle(plan: Plan) -> None:
+    """See that the comparison is still the one that was begun; methods and tasks may be added.
+
+    Raises:
+        CheckpointError: something changed; names what.
+    """
+    known = read_fingerprint(plan.folder) or plan.identity
+    wanted = {
+        **plan.identity,
+        **{
+            kind: {name: plan.identity[kind].get(name, one) for name, one in known[kind].items()}
+            for kind in ("methods", "tasks")
+        },
+    }
+    check_fingerprint(plan.folder, wanted, what=COMPARISON)
+    # One that is left out today may come back as it was.
+    accept_fingerprint(
+        plan.folder,
+        {**wanted, **{kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}},
+    )
+
+
+def _images(plan: Plan, task: Task) -> Images:
+    """What is known of a task's images, from the first start on."""
+    path = images_path(plan.folder, task.name)
+    images = read_images(path)
+    if images is None:
+        try:
+            images = images_of(task, plan.config.pretrain)
+        except ConfigError as error:
+            raise ConfigError(f"tasks, {task.name}: {error}") from None
+        with writing(plan.folder, "storage_path"):
+            write_images(path, images)
+    return images
+
+
+def _connect(plan: Plan, stack: ExitStack) -> None:
+    """Ray for all runs, and the one driver of this comparison in a cluster."""
+    import ray
+
+    from mlvicx_dist.train.guard import guard
+
+    workers = plan.config.pretrain.workers
+    least = workers.min or workers.num
+    stack.enter_context(
+        ray_session(
+            {kind: least * amount for kind, amount in each(workers).items()},
+            asked="a run (pretrain.workers.num x pretrain.workers.cpus_per_worker)",
+            remedy="lower pretrain.workers.num or pretrain.workers.cpus_per_worker",
+            deaf=True,
+        )
+    )
+    # The lock of a file system does not reach as far as a cluster.
+    held = once_free(lambda: guard(str(plan.folder), *COMPARISON), GOODBYE_S)
+    stack.callback(ray.kill, held)
+
+
+def _steps(plan: Plan) -> tuple[int, dict[str, int | None]]:
+    """A signal that came or 0, and the steps of each method's runs; None: the common length."""
+    methods = [method for method in plan.methods if not method.floor]
+    if plan.config.budget == "images":
+        return 0, {method.name: None for method in methods}
+    say("measuring the seconds of a step of each method")
+    stopped, seconds = measured(plan.folder, methods, plan.config.seeds[0])
+    return stopped, {} if stopped else {**equal_time(plan.total, seconds, plan.config.first)}
+
+
+def _train(
+    plan: Plan,
+    trained: list[tuple[Method, int]],
+    steps: Mapping[str, int | None],
+    images: Mapping[str, Images],
+) -> int:
+    """Train and judge what is left; the signal that stopped it, or 0."""
+    runs = str(plan.folder / "runs")
+    by_run = {method.run(seed): (method, seed) for method, seed in trained}
+    trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained]
+    for number, (tree, outcome) in enumerate(
+        in_parallel(run_one, trees, workers=plan.config.at_once, cpus=0, remedy="lower at_once"), 1
+    ):
+        name = tree["run"]["name"]
+        if isinstance(outcome, str):
+            write_diverged(plan.folder, name, outcome)
+        elif outcome.stopped_by:
+            return outcome.stopped_by
+        else:
+            _judge(plan, *by_run[name], images)
+            # The export stays.
+            remove_checkpoints(outcome.run_dir)
+        say(f"{name}: {number} of {len(trees)} runs")
+        write_found(plan.folder, plan.config)
+    return 0
+
+
+def run_one(tree: dict[str, Any]) -> Outcome | str:
+    """Train one run to its end; how it diverged, in words, where it did."""
+    config = parse_config(tree, f"the settings of {tree['run']['name']}")
+    assert isinstance(config, PretrainConfig)
+    try:
+        return once_free(partial(pretrain, config), GOODBYE_S)
+    except DivergenceError as error:
+        return str(error)
+
+
+def _judge(plan: Plan, method: Method, seed: int, images: Mapping[str, Images]) -> None:
+    """Let every task that has not done so judge a run, and write down what it says."""
+    tasks = plan.unjudged(method, seed)
+    encoder = _encoder(plan, method, seed)
+    size_px = plan.config.pretrain.views.image_size_px
+    for task in tasks:
+        say(f"judging {method.run(seed)} by {task.name}")
+        try:
+            scores = score(
+                PIXELS if method.floor == PIXELS else method.name,
+                encoder,
+                task,
+                images[task.name],
+                size_px=size_px,
+            )
+        except DivergenceError as error:
+            write_diverged(plan.folder, method.run(seed), str(error))
+            return
+        with writing(plan.folder, "storage_path"):
+            write_scores(scores_path(plan.folder, task.name, method.run(seed)), scores)
+
+
+def _encoder(plan: Plan, method: Method, seed: int) -> nn.Module:
+    if method.floor == PIXELS:
+        return Pixels()
+    if not method.floor:
+        return load_encoder(plan.folder / "runs" / method.run(seed))
+    config = method.at(seed, str(plan.folder))
+    model = make_model(config, Member(0, 1, torch.device("cpu")))
+    return Encoder.from_model(model, config.views.image_size_px).eval()
