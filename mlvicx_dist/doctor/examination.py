@@ -201,7 +201,7 @@ class _Ward:
         yield Finding("shards", "ok", f"{len(shards)} images in {len(shards.shards)} shards")
         wanted = remote[0].cache.wanted_bytes if remote else 0
         yield findings.cache(self._facts, config, wanted)
-        if not self._probes:
+        if not self._probes or not room:
             return
         rates = self._rates(config, each(config.workers))
         if "error" in rates:

@@ -74,7 +74,8 @@ class _Gates(torch.autograd.Function):
             passes = m * g
             d_p = (channels.mT @ passes).to(fine).view_as(p) * p * (1 - p)
             d_window = conv2d_weight(places, window.shape, d_p, padding=3)
-            d_places = functional.conv_transpose2d(d_p, window, padding=3).flatten(2)
+            turned = window.flip(2, 3).transpose(0, 1)
+            d_places = functional.conv2d(d_p, turned, padding=3).flatten(2)
             # The channel-gated map y: through the gate, as part of the means, as a maximum.
             y = torch.mul(m, channels, out=passes)
             is_strongest = torch.eq(y, strongest.flatten(1)[:, None], out=torch.empty_like(y))
@@ -87,9 +88,11 @@ class _Gates(torch.autograd.Function):
             d_hidden = (d_c @ up) * (hidden > 0)
             d_up = d_c.T @ hidden.sum(0)
             d_down = torch.einsum("kbh,kbc->hc", d_hidden, pools)
-            average, highest = (d_hidden @ down).to(kind)[..., None]
-            d_x = d_y.mul_(channels).add_(average / m.shape[2])
-            d_x.scatter_add_(2, top.flatten(2), highest)
+            average, highest = (d_hidden @ down).to(kind)
+            d_x = d_y.mul_(channels).add_(average[..., None] / m.shape[2])
+            # Not by scatter_add_, which copies a map that is channels_last.
+            image, channel = (torch.arange(n, device=m.device) for n in m.shape[:2])
+            d_x[image[:, None], channel, top.flatten(1)] += highest
         return (
             d_x.view_as(x),
             d_down.view_as(squeeze).to(squeeze.dtype),

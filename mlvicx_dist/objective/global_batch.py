@@ -313,7 +313,12 @@ class _GlobalNorm(torch.autograd.Function):
         scale = weight * (variance + ctx.eps).rsqrt()
         slope, offset = -scale / count * sums
         dx = functional.batch_norm(x, mean, variance, slope, offset, False, 0.0, ctx.eps)
-        dx.addcmul_(dy, scale.view(-1, *[1] * (x.ndim - 2)))
+        if dy.dtype == scale.dtype:
+            dx.addcmul_(dy, scale.view(-1, *[1] * (x.ndim - 2)))
+        else:
+            # addcmul_ would write the map anew in float32.
+            none, one = torch.zeros_like(scale), torch.ones_like(scale)
+            dx += functional.batch_norm(dy, none, one, scale, None, False, 0.0, 0.0)
         return dx, weight_gradient, bias_gradient, None
 
 

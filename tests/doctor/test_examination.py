@@ -10,6 +10,8 @@ import pytest
 import yaml
 from group import settings
 
+from mlvicx_dist.config import PretrainConfig, load_as
+from mlvicx_dist.doctor import examination
 from mlvicx_dist.doctor.node import Probe
 
 
@@ -52,6 +54,18 @@ def test_a_store_without_credentials_is_told(monkeypatch, s3_server):
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     assert "redentials" in Probe().write("s3://bucket/runs")["error"]
+
+
+def test_no_worker_is_waited_for_where_none_can_be(config, monkeypatch):
+    monkeypatch.setattr(examination, "slots", lambda one: 0)
+    monkeypatch.setattr(examination._Ward, "_storage", lambda *given: iter(()))
+    ward = examination._Ward({"here": None}, {"here": 2.0})
+    found = list(ward.run(load_as(PretrainConfig, config)))
+    assert [(finding.name, finding.state) for finding in found][:2] == [
+        ("workers", "bad"),
+        ("shards", "ok"),
+    ]
+    assert "room for 0" in found[0].words
 
 
 @pytest.mark.slow
