@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlvicx_dist.config import (
+    CompareConfig,
     EvaluateConfig,
     PretrainConfig,
     SweepConfig,
@@ -113,7 +114,7 @@ def test_the_wrong_kind_is_refused(file):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid_and_says_its_command(path):
     config = load_config(path)
-    assert isinstance(config, PretrainConfig | EvaluateConfig | SweepConfig)
+    assert isinstance(config, PretrainConfig | EvaluateConfig | SweepConfig | CompareConfig)
     head = path.read_text().split("kind:")[0]
     assert "Command:" in head
     assert path.relative_to(ROOT).as_posix() in head

@@ -1,11 +1,23 @@
 """What a method of a comparison may change, and what it then is."""
 
+from pathlib import Path
+
 import pytest
 from small import small_tree
 
-from mlvicx_dist.config import CompareConfig, parse_config
+from mlvicx_dist.config import CompareConfig, load_as, parse_config
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.evaluate.methods import methods_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_methods_of_every_shipped_file_are_allowed(path):
+    methods = methods_of(load_as(CompareConfig, path))
+    assert methods[0].name == "mlvicx" and methods[0].changes == {"method": "mlvicx"}
+    # No two of them are the same.
+    assert len({(m.floor, m.settings.model_dump_json()) for m in methods}) == len(methods)
 
 
 def settings(methods, **changes):

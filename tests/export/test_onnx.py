@@ -71,6 +71,14 @@ def test_other_numbers_are_refused(run_dir, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_onnxruntime_cannot_run_is_refused(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_file, "_written", lambda encoder, free: b"no graph")
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "e"), "--onnx"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be written as ONNX (onnxruntime fails at 32 px" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_written_is_one_sentence(run_dir, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise torch.onnx.errors.OnnxExporterError("no such operator\nand much more")
@@ -92,9 +100,9 @@ def test_a_size_that_is_fixed_is_said(run_dir, monkeypatch):
 
     sizes = []
     monkeypatch.setattr(onnx_file, "_written", only_fixed)
-    monkeypatch.setattr(onnx_file, "_check", lambda e, d, images: sizes.append(images.shape[2]))
+    monkeypatch.setattr(onnx_file, "_wrong", lambda e, d, size: sizes.append(size))
     assert onnx_file.onnx_bytes(encoder) == (b"", False)
-    assert sizes == [32, 32]
+    assert sizes == [32]
     assert "height and width 32" in onnx_file.words(encoder, free=False)
 
 
