@@ -26,7 +26,8 @@ from mlvicx_dist.evaluate.metrics import auroc
 from mlvicx_dist.evaluate.parts import parts_of
 from mlvicx_dist.evaluate.pixels import Pixels
 from mlvicx_dist.evaluate.summary import summary
-from mlvicx_dist.model.encoder import Encoder, save_export, untrained
+from mlvicx_dist.model.encoder import Encoder, untrained
+from mlvicx_dist.model.export_folder import save_export
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train import drive
@@ -218,7 +219,8 @@ def test_two_workers_are_one(disc_shards, tmp_path):
 @pytest.mark.slow
 def test_from_an_export_to_all_parts_of_the_result(disc_shards, tmp_path, monkeypatch):
     """Two workers on Ray, relative paths, and the same again."""
-    save_export(make_encoder(), tmp_path / "run" / "exports" / "step-00000001", {})
+    export = tmp_path / "run" / "exports" / "step-00000001"
+    save_export(make_encoder(), export, card="a card", known={})
     monkeypatch.chdir(tmp_path)
     config = settings(
         disc_shards,
