@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mlvicx_dist.errors import DataError, ResourceError, UserError
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import progress
+from mlvicx_dist.storage import becoming, told
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import squared
@@ -174,7 +175,13 @@ def embed_to_parquet(
     loader_workers: int,
     use_gpu: bool,
 ) -> tuple[int, int]:
-    """Embed shards with one encoder and write them; how many images and how many numbers each."""
+    """Embed shards with one encoder and write them; how many images and how many numbers each.
+
+    Raises:
+        DataError: there is no folder for `out`, which is looked at first, or it cannot be written.
+    """
+    if not Path(out).parent.is_dir():
+        raise DataError(_unwritten(Path(out), "its folder does not exist"))
     embeddings = embed_shards(
         [load_encoder(checkpoint)],
         folders,
@@ -204,16 +211,18 @@ def write_parquet(embeddings: Embeddings, path: Path) -> None:
             embeddings.labels[:, k], mask=np.isnan(embeddings.labels[:, k]), type=pa.float32()
         )
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        pq.write_table(pa.table(columns), partial)
-        partial.replace(path)
+        with becoming(path) as partial:
+            pq.write_table(pa.table(columns), partial)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: the embeddings cannot be written ({error}); give a path in a folder that "
-            "exists and has room."
-        ) from None
+        raise DataError(_unwritten(path, told(error))) from None
+
+
+def _unwritten(path: Path, reason: str) -> str:
+    return (
+        f"{path}: the embeddings cannot be written ({reason}); give a path in a folder that exists "
+        "and has room."
+    )
 
 
 def _open(folders: Sequence[str | Path], splits: Sequence[str] | None) -> ShardSet:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mlvicx_dist.config import LocalHead, Model, Projector
-from mlvicx_dist.evaluate.embed import embed_shards, write_parquet
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.evaluate.embed import embed_shards, embed_to_parquet, write_parquet
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
@@ -71,3 +72,20 @@ def test_parquet_holds_what_is_known_and_no_more(encoder, phantom_shards, tmp_pa
     ]
     stored = np.array(table["embedding"].to_pylist(), dtype=np.float32)
     assert np.array_equal(stored, embeddings.features[0])
+
+
+def test_a_place_that_cannot_be_is_told_before_the_work(tmp_path):
+    out = tmp_path / "gone" / "e.parquet"
+    with pytest.raises(DataError, match=r"e\.parquet: .* \(its folder does not exist\)"):
+        # There is no such run either.
+        embed_to_parquet(
+            "/nowhere", [], out, splits=None, batch_size=1, loader_workers=0, use_gpu=False
+        )
+
+
+@pytest.mark.parametrize("small_disk", ["size=8k"], indirect=True)
+def test_a_full_disk_leaves_no_part_of_a_file(encoder, phantom_shards, small_disk):
+    embeddings = embed_shards([encoder], [phantom_shards], loader_workers=0)
+    with pytest.raises(DataError, match=r"cannot be written .*No space left"):
+        write_parquet(embeddings, small_disk / "e.parquet")
+    assert list(small_disk.iterdir()) == []
