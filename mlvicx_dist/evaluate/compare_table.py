@@ -40,7 +40,7 @@ def lines(result: Result) -> list[str]:
         said += [*wrapped(table.title)]
         for row in [table.heads, *table.rows]:
             cells = [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)]
-            said.append("  ".join([cut(row[0]), *cells]))
+            said.append("  ".join([cut(row[0]), *cells]).rstrip())
         said += [line for note in table.notes for line in wrapped(note)]
     return said + [line for note in missing(result) for line in wrapped(note)]
 
@@ -86,7 +86,7 @@ def _main(result: Result, name: str, task: Result) -> Table:
     rows = [
         [
             method,
-            str(len(task["auroc"][method]["mean"]["seeds"])),
+            _seeds(result, method, task),
             cell(task["auroc"][method]["mean"]),
             _signed(apart[method]["mean"]) if method in apart else "",
             cell(task["auprc"][method]["mean"]),
@@ -101,6 +101,13 @@ def _main(result: Result, name: str, task: Result) -> Table:
     )
     heads = ["method", "seeds", "AUROC", f"AUROC minus {reference}", "AUPRC"]
     return Table(title, heads, rows, list(_notes(reference, task)))
+
+
+def _seeds(result: Result, method: str, task: Result) -> str:
+    """How many; raw pixels have none."""
+    if result["methods"][method]["floor"] == "pixels":
+        return ""
+    return str(len(task["auroc"][method]["mean"]["seeds"]))
 
 
 def _notes(reference: str, task: Result) -> Iterator[str]:

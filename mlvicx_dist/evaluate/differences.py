@@ -146,25 +146,28 @@ class _Compared:
     def __init__(self, reference: str, patients: int, confidence: float) -> None:
         self.reference, self._patients, self._confidence = reference, patients, confidence
 
-    def cell(self, figures: Figures) -> dict[str, Any]:
-        """The mean over the seeds with its interval, and each seed's own."""
+    def cell(self, figures: Figures, *, least: float = 0.0) -> dict[str, Any]:
+        """The mean over the seeds with its interval, from `least` to 1, and each seed's own."""
         value = np.array([one.value for one in figures.values()])
         resampled = np.array([one.resampled for one in figures.values()])
         reach = half_width(value, resampled, self._patients, self._confidence)
         mean = float(value.mean())
         seeds = {str(seed): float(np.mean(figure.value)) for seed, figure in figures.items()}
-        return {"value": mean, "low": mean - reach, "high": mean + reach, "seeds": seeds}
+        low, high = max(mean - reach, least), min(mean + reach, 1.0)
+        return {"value": mean, "low": low, "high": high, "seeds": seeds}
 
-    def cells(self, figures: Mapping[str, Figures], names: Sequence[str]) -> dict[str, Any]:
+    def cells(
+        self, figures: Mapping[str, Figures], names: Sequence[str], *, least: float = 0.0
+    ) -> dict[str, Any]:
         """A cell for each class and the mean."""
-        return {name: self.cell(figures[name]) for name in names}
+        return {name: self.cell(figures[name], least=least) for name in names}
 
     def minus(
         self, first: Mapping[str, Figures], second: Mapping[str, Figures], names: Sequence[str]
     ) -> dict[str, Any] | None:
         """The first minus the second over the seeds that both have; None where there is none."""
         apart = {name: difference(first[name], second[name]) for name in names}
-        return self.cells(apart, names) if all(apart.values()) else None
+        return self.cells(apart, names, least=-1.0) if all(apart.values()) else None
 
     def differences(
         self, by_name: Mapping[str, Mapping[str, Figures]], names: Sequence[str]

@@ -215,6 +215,15 @@ def test_delong_of_several_runs_is_that_of_their_mean_auroc(result, methods, ima
     assert delong(first, second, labels) == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.6)
 
 
+def test_an_interval_ends_where_areas_do(images):
+    """Of one encoder at 1, of a difference at -1 and 1."""
+    perfect = {0: scores(images, signal=1e3, seed=0)}
+    near = {0: scores(images, signal=3.5, seed=1)}
+    found = judged({"a": perfect, "b": near}, images, task(), reference="a", baselines=[])
+    assert found["auroc"]["a"]["mean"]["high"] == 1 and found["auroc"]["b"]["mean"]["high"] <= 1
+    assert -1 <= found["difference"]["auroc"]["b"]["mean"]["low"] < 0
+
+
 def test_draws_without_a_positive_are_counted(methods, images):
     rare = images.labels.copy()
     rare[:, 1] = 0
