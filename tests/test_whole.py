@@ -61,7 +61,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     assert sum(json.loads(kermany.stdout)["splits"].values()) in (5215, 5216)
     settings = ROOT / "configs" / "pretrain" / "cxr96.yaml"
     sets = [
-        *("--set", f"data.shards.0.path={tmp_path / 'nih'}", "--set", "train.epochs=2"),
+        *("--set", f"data.shards.0.path={tmp_path / 'nih'}", "--set", "train.epochs=1"),
         *("--set", f"data.shards.1.path={tmp_path / 'kermany'}"),
         *("--set", f"run.storage_path={tmp_path}", "--set", "views.image_size_px=48"),
         *("--set", "train.precision=float32"),
