@@ -161,10 +161,16 @@ def compare(config: CompareConfig) -> Comparison:
         with writing(folder, "storage_path"):
             make_folder(folder)
             stack.enter_context(only_driver(folder, *COMPARISON))
-            _settle(plan)
+            wanted = _checked(plan)
+        images = {task.name: _images(plan, task) for task in config.tasks}
+        with writing(folder, "storage_path"):
+            # Not before the images are known: it would refuse the settings that mend a task.
+            accept_fingerprint(folder, wanted)
+            for name, one in images.items():
+                if not images_path(folder, name).exists():
+                    write_images(images_path(folder, name), one)
             settings = yaml.safe_dump(to_tree(config), sort_keys=False)
             write_whole(folder / SETTINGS, settings.encode())
-        images = {task.name: _images(plan, task) for task in config.tasks}
         left = plan.left()
         trained = [(method, seed) for method, seed in left if not method.floor]
         for method, seed in left:
@@ -241,8 +247,10 @@ def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
     }
 
 
-def _settle(plan: Plan) -> None:
-    """See that the comparison is still the one that was begun; methods and tasks may be added.
+def _checked(plan: Plan) -> dict[str, Any]:
+    """What is to be its fingerprint, if the comparison is still the one that was begun.
+
+    Methods and tasks may be added.
 
     Raises:
         CheckpointError: something changed; names what.
@@ -257,23 +265,17 @@ def _settle(plan: Plan) -> None:
     }
     check_fingerprint(plan.folder, wanted, what=COMPARISON)
     # One that is left out today may come back as it was.
-    accept_fingerprint(
-        plan.folder,
-        {**wanted, **{kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}},
-    )
+    return wanted | {kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}
 
 
 def _images(plan: Plan, task: Task) -> Images:
     """What is known of a task's images, from the first start on."""
-    path = images_path(plan.folder, task.name)
-    images = read_images(path)
+    images = read_images(images_path(plan.folder, task.name))
     if images is None:
         try:
             images = images_of(task, plan.config.pretrain)
         except ConfigError as error:
             raise ConfigError(f"tasks, {task.name}: {error}") from None
-        with writing(plan.folder, "storage_path"):
-            write_images(path, images)
     return images
 
 

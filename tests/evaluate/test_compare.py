@@ -270,7 +270,9 @@ def test_tasks_that_cannot_be_judged_are_refused_before_a_run(
     assert code == 2 and "holdout" in err
     _, code, err = compared(capsys, path, "--set", "storage_path=s3://bucket/c")
     assert code == 2 and "a comparison is kept in a folder" in err
-    assert alone == []
+    # Nothing of these keeps the right settings away, in the same folder.
+    _, code, err = compared(capsys, path, "--set", "methods={pixels: {}}")
+    assert code == 0 and alone == [], err
 
 
 def test_files_are_read_as_they_were_written(phantom_shards, tmp_path):
