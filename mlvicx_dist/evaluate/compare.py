@@ -61,6 +61,7 @@ from mlvicx_dist.train.fingerprint import (
     check_fingerprint,
     fingerprint,
     read_fingerprint,
+    weights_digest,
 )
 from mlvicx_dist.train.launch import (
     Outcome,
@@ -80,6 +81,14 @@ COMPARISON = ("comparison", "name")
 """What is refused, in the words of a comparison's settings."""
 SAME_SCORES = {"data": ("loader_workers",), "embedding": ("batch_size", "use_gpu")}
 """Settings of a task that leave its scores as they are."""
+PACE = {
+    "workers": ("num", "min", "cpus_per_worker", "use_gpu"),
+    "data": ("loader_workers",),
+    "train": ("recompute",),
+}
+"""Settings of a pretraining that change its seconds of a step and none of its numbers."""
+INIT = "train.init_from"
+"""The setting of a method that is a place."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ def compare(config: CompareConfig) -> Comparison:
                 _judge(plan, method, seed, images)
         if trained:
             _connect(plan, stack)
-            stopped, steps = _steps(plan)
+            stopped, steps = _steps(plan, trained)
             if not stopped:
                 stopped = _train(plan, trained, steps, images)
         result = write_found(plan.folder, config)
@@ -221,6 +230,9 @@ def _absolute(config: CompareConfig) -> CompareConfig:
     tree = to_tree(config)
     tree["pretrain"] |= to_tree(absolute(config.pretrain))
     tree["storage_path"] = str(place(config.storage_path))
+    for changes in tree["methods"].values():
+        if isinstance(weights := changes.get(INIT), str):
+            changes[INIT] = str(place(weights))
     for task in tree["tasks"]:
         task["data"]["shards"] = [str(place(path)) for path in task["data"]["shards"]]
     return CompareConfig.model_validate(tree)
@@ -229,6 +241,15 @@ def _absolute(config: CompareConfig) -> CompareConfig:
 def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
     common = fingerprint(config.pretrain, manifests)
     common["train"].pop("seed")
+    if config.budget == "time":
+        # What else the seconds of a step follow from.
+        tree = to_tree(config.pretrain)
+        for section, keys in PACE.items():
+            common[section] = common.get(section, {}) | {key: tree[section][key] for key in keys}
+    methods = to_tree(config)["methods"]
+    for changes in methods.values():
+        if changes.get(INIT):
+            changes[INIT] = weights_digest(changes[INIT])
     tasks: dict[str, Any] = {}
     for task in config.tasks:
         tree = to_tree(task)
@@ -240,7 +261,7 @@ def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
         tasks[task.name] = tree
     return {
         "pretrain": common,
-        "methods": to_tree(config)["methods"],
+        "methods": methods,
         "tasks": tasks,
         # What the others' length follows from.
         "budget": config.budget if config.budget == "images" else f"the time of {config.first}",
@@ -300,14 +321,21 @@ def _connect(plan: Plan, stack: ExitStack) -> None:
     stack.callback(ray.kill, held)
 
 
-def _steps(plan: Plan) -> tuple[int, dict[str, int | None]]:
-    """A signal that came or 0, and the steps of each method's runs; None: the common length."""
-    methods = [method for method in plan.methods if not method.floor]
+def _steps(plan: Plan, trained: list[tuple[Method, int]]) -> tuple[int, dict[str, int | None]]:
+    """A signal that came or 0, and the steps of each method's runs; None: the common length.
+
+    A method that diverged while it was measured has none.
+    """
+    methods = list({method.name: method for method, _ in trained}.values())
     if plan.config.budget == "images":
         return 0, {method.name: None for method in methods}
     say("measuring the seconds of a step of each method")
-    stopped, seconds = measured(plan.folder, methods, plan.config.seeds[0])
-    return stopped, {} if stopped else {**equal_time(plan.total, seconds, plan.config.first)}
+    reference = next(method for method in plan.methods if method.name == plan.config.first)
+    found = measured(plan.folder, methods, reference, plan.config.seeds[0])
+    for name, cause in found.diverged.items():
+        runs = [method.run(seed) for method, seed in trained if method.name == name]
+        write_diverged(plan.folder, cause, *runs)
+    return found.stopped_by, {**equal_time(plan.total, found.rates)}
 
 
 def _train(
@@ -319,13 +347,13 @@ def _train(
     """Train and judge what is left; the signal that stopped it, or 0."""
     runs = str(plan.folder / "runs")
     by_run = {method.run(seed): (method, seed) for method, seed in trained}
-    trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained]
+    trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained if m.name in steps]
     for number, (tree, outcome) in enumerate(
         in_parallel(run_one, trees, workers=plan.config.at_once, cpus=0, remedy="lower at_once"), 1
     ):
         name = tree["run"]["name"]
         if isinstance(outcome, str):
-            write_diverged(plan.folder, name, outcome)
+            write_diverged(plan.folder, outcome, name)
         elif outcome.stopped_by:
             return outcome.stopped_by
         else:
@@ -363,7 +391,7 @@ def _judge(plan: Plan, method: Method, seed: int, images: Mapping[str, Images]) 
                 size_px=size_px,
             )
         except DivergenceError as error:
-            write_diverged(plan.folder, method.run(seed), str(error))
+            write_diverged(plan.folder, str(error), method.run(seed))
             return
         with writing(plan.folder, "storage_path"):
             write_scores(scores_path(plan.folder, task.name, method.run(seed)), scores)
