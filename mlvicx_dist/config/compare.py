@@ -18,9 +18,19 @@ FLOORS = (UNTRAINED, PIXELS)
 
 
 class Task(EvaluateConfig):
-    """An evaluation as in `kind: evaluate`."""
+    """An evaluation as in `kind: evaluate`, of which a comparison has the probes alone."""
 
     kind: Literal["evaluate"] = "evaluate"
+
+    @model_validator(mode="after")
+    def _probes(self) -> Task:
+        for key in ("fine_tune", "segment", "localise"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key} is no part of a comparison, which judges frozen encoders by probes: "
+                    "leave it out, and give it to mlvicx evaluate for each run"
+                )
+        return self
 
 
 class CompareConfig(Settings):

@@ -61,6 +61,7 @@ from mlvicx_dist.train.fingerprint import (
     check_fingerprint,
     fingerprint,
     read_fingerprint,
+    weights_digest,
 )
 from mlvicx_dist.train.launch import (
     Outcome,
@@ -80,6 +81,14 @@ COMPARISON = ("comparison", "name")
 """What is refused, in the words of a comparison's settings."""
 SAME_SCORES = {"data": ("loader_workers",), "embedding": ("batch_size", "use_gpu")}
 """Settings of a task that leave its scores as they are."""
+PACE = {
+    "workers": ("num", "min", "cpus_per_worker", "use_gpu"),
+    "data": ("loader_workers",),
+    "train": ("recompute",),
+}
+"""Settings of a pretraining that change its seconds of a step and none of its numbers."""
+INIT = "train.init_from"
+"""The setting of a method that is a place."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +170,16 @@ def compare(config: CompareConfig) -> Comparison:
         with writing(folder, "storage_path"):
             make_folder(folder)
             stack.enter_context(only_driver(folder, *COMPARISON))
-            _settle(plan)
+            wanted = _checked(plan)
+        images = {task.name: _images(plan, task) for task in config.tasks}
+        with writing(folder, "storage_path"):
+            # Not before the images are known: it would refuse the settings that mend a task.
+            accept_fingerprint(folder, wanted)
+            for name, one in images.items():
+                if not images_path(folder, name).exists():
+                    write_images(images_path(folder, name), one)
             settings = yaml.safe_dump(to_tree(config), sort_keys=False)
             write_whole(folder / SETTINGS, settings.encode())
-        images = {task.name: _images(plan, task) for task in config.tasks}
         left = plan.left()
         trained = [(method, seed) for method, seed in left if not method.floor]
         for method, seed in left:
@@ -172,7 +187,7 @@ def compare(config: CompareConfig) -> Comparison:
                 _judge(plan, method, seed, images)
         if trained:
             _connect(plan, stack)
-            stopped, steps = _steps(plan)
+            stopped, steps = _steps(plan, trained)
             if not stopped:
                 stopped = _train(plan, trained, steps, images)
         result = write_found(plan.folder, config)
@@ -215,6 +230,9 @@ def _absolute(config: CompareConfig) -> CompareConfig:
     tree = to_tree(config)
     tree["pretrain"] |= to_tree(absolute(config.pretrain))
     tree["storage_path"] = str(place(config.storage_path))
+    for changes in tree["methods"].values():
+        if isinstance(weights := changes.get(INIT), str):
+            changes[INIT] = str(place(weights))
     for task in tree["tasks"]:
         task["data"]["shards"] = [str(place(path)) for path in task["data"]["shards"]]
     return CompareConfig.model_validate(tree)
@@ -223,6 +241,15 @@ def _absolute(config: CompareConfig) -> CompareConfig:
 def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
     common = fingerprint(config.pretrain, manifests)
     common["train"].pop("seed")
+    if config.budget == "time":
+        # What else the seconds of a step follow from.
+        tree = to_tree(config.pretrain)
+        for section, keys in PACE.items():
+            common[section] = common.get(section, {}) | {key: tree[section][key] for key in keys}
+    methods = to_tree(config)["methods"]
+    for changes in methods.values():
+        if changes.get(INIT):
+            changes[INIT] = weights_digest(changes[INIT])
     tasks: dict[str, Any] = {}
     for task in config.tasks:
         tree = to_tree(task)
@@ -234,15 +261,17 @@ def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
         tasks[task.name] = tree
     return {
         "pretrain": common,
-        "methods": to_tree(config)["methods"],
+        "methods": methods,
         "tasks": tasks,
         # What the others' length follows from.
         "budget": config.budget if config.budget == "images" else f"the time of {config.first}",
     }
 
 
-def _settle(plan: Plan) -> None:
-    """See that the comparison is still the one that was begun; methods and tasks may be added.
+def _checked(plan: Plan) -> dict[str, Any]:
+    """What is to be its fingerprint, if the comparison is still the one that was begun.
+
+    Methods and tasks may be added.
 
     Raises:
         CheckpointError: something changed; names what.
@@ -257,23 +286,17 @@ def _settle(plan: Plan) -> None:
     }
     check_fingerprint(plan.folder, wanted, what=COMPARISON)
     # One that is left out today may come back as it was.
-    accept_fingerprint(
-        plan.folder,
-        {**wanted, **{kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}},
-    )
+    return wanted | {kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}
 
 
 def _images(plan: Plan, task: Task) -> Images:
     """What is known of a task's images, from the first start on."""
-    path = images_path(plan.folder, task.name)
-    images = read_images(path)
+    images = read_images(images_path(plan.folder, task.name))
     if images is None:
         try:
             images = images_of(task, plan.config.pretrain)
         except ConfigError as error:
             raise ConfigError(f"tasks, {task.name}: {error}") from None
-        with writing(plan.folder, "storage_path"):
-            write_images(path, images)
     return images
 
 
@@ -298,14 +321,21 @@ def _connect(plan: Plan, stack: ExitStack) -> None:
     stack.callback(ray.kill, held)
 
 
-def _steps(plan: Plan) -> tuple[int, dict[str, int | None]]:
-    """A signal that came or 0, and the steps of each method's runs; None: the common length."""
-    methods = [method for method in plan.methods if not method.floor]
+def _steps(plan: Plan, trained: list[tuple[Method, int]]) -> tuple[int, dict[str, int | None]]:
+    """A signal that came or 0, and the steps of each method's runs; None: the common length.
+
+    A method that diverged while it was measured has none.
+    """
+    methods = list({method.name: method for method, _ in trained}.values())
     if plan.config.budget == "images":
         return 0, {method.name: None for method in methods}
     say("measuring the seconds of a step of each method")
-    stopped, seconds = measured(plan.folder, methods, plan.config.seeds[0])
-    return stopped, {} if stopped else {**equal_time(plan.total, seconds, plan.config.first)}
+    reference = next(method for method in plan.methods if method.name == plan.config.first)
+    found = measured(plan.folder, methods, reference, plan.config.seeds[0])
+    for name, cause in found.diverged.items():
+        runs = [method.run(seed) for method, seed in trained if method.name == name]
+        write_diverged(plan.folder, cause, *runs)
+    return found.stopped_by, {**equal_time(plan.total, found.rates)}
 
 
 def _train(
@@ -317,13 +347,13 @@ def _train(
     """Train and judge what is left; the signal that stopped it, or 0."""
     runs = str(plan.folder / "runs")
     by_run = {method.run(seed): (method, seed) for method, seed in trained}
-    trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained]
+    trees = [to_tree(m.at(seed, runs, steps[m.name])) for m, seed in trained if m.name in steps]
     for number, (tree, outcome) in enumerate(
         in_parallel(run_one, trees, workers=plan.config.at_once, cpus=0, remedy="lower at_once"), 1
     ):
         name = tree["run"]["name"]
         if isinstance(outcome, str):
-            write_diverged(plan.folder, name, outcome)
+            write_diverged(plan.folder, outcome, name)
         elif outcome.stopped_by:
             return outcome.stopped_by
         else:
@@ -361,7 +391,7 @@ def _judge(plan: Plan, method: Method, seed: int, images: Mapping[str, Images]) 
                 size_px=size_px,
             )
         except DivergenceError as error:
-            write_diverged(plan.folder, method.run(seed), str(error))
+            write_diverged(plan.folder, str(error), method.run(seed))
             return
         with writing(plan.folder, "storage_path"):
             write_scores(scores_path(plan.folder, task.name, method.run(seed)), scores)

@@ -114,8 +114,7 @@ def _notes(reference: str, task: Result) -> Iterator[str]:
     best = task["over_best"]
     if best and best["auroc"]:
         yield (
-            f"{reference} minus {best['baseline']}, of the others the best on the validation "
-            f"images: AUROC {_signed(best['auroc']['mean'])}, "
+            f"{_over(reference, best['baseline'], best['auroc']['mean'])}, "
             f"AUPRC {_signed(best['auprc']['mean'])}."
         )
     if any(len(one["mean"]["seeds"]) == 1 for one in task["auroc"].values()):
@@ -128,6 +127,13 @@ def _notes(reference: str, task: Result) -> Iterator[str]:
     for name, why in task["left_out"].items():
         yield f"Left out: {name} ({why})."
     yield overlap_words(task["overlap"])
+
+
+def _over(reference: str, baseline: str, area: Result) -> str:
+    return (
+        f"{reference} minus {baseline}, of the others the best on the validation images: "
+        f"AUROC {_signed(area)}"
+    )
 
 
 def _share_title(name: str, share: Result) -> str:
@@ -144,7 +150,11 @@ def _means(result: Result, title: str, one: Result) -> Table:
         [method, cell(mean), _signed(apart) if (apart := one["difference"].get(method)) else ""]
         for method, mean in one["methods"].items()
     ]
-    notes = [f"Left out: {', '.join(one['left_out'])}."] if one["left_out"] else []
+    notes = []
+    if best := one.get("over_best"):
+        notes.append(f"{_over(result['reference'], best['baseline'], best)}.")
+    if one["left_out"]:
+        notes.append(f"Left out: {', '.join(one['left_out'])}.")
     return Table(title, ["method", "AUROC", f"AUROC minus {result['reference']}"], rows, notes)
 
 

@@ -38,16 +38,27 @@ def images_path(folder: Place, task: str) -> Place:
 
 
 def read_diverged(folder: Place) -> dict[str, str]:
-    """Runs that diverged, and how; they are not tried again."""
-    with suppress(FileNotFoundError, ValueError):
-        return dict(json.loads(read_bytes(folder / DIVERGED)))
+    """Runs that diverged, and how; they are not tried again.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / DIVERGED
+    with suppress(FileNotFoundError):
+        try:
+            return {str(run): str(cause) for run, cause in json.loads(read_bytes(path)).items()}
+        except (ValueError, AttributeError):
+            raise DataError(
+                f"{path}: the list of runs that diverged is damaged; restore the file, or remove "
+                "it to try them again."
+            ) from None
     return {}
 
 
-def write_diverged(folder: Place, run: str, cause: str) -> None:
-    """Write down that a run diverged."""
-    say(f"{run} diverged: {cause}")
-    known = read_diverged(folder) | {run: cause}
+def write_diverged(folder: Place, cause: str, *runs: str) -> None:
+    """Write down that runs diverged."""
+    say(f"{', '.join(runs)} diverged: {cause}")
+    known = read_diverged(folder) | dict.fromkeys(runs, cause)
     with writing(folder, "storage_path"):
         write_whole(folder / DIVERGED, (json.dumps(known, indent=1) + "\n").encode())
 
@@ -113,7 +124,10 @@ def found(folder: Place, config: CompareConfig) -> dict[str, Any]:
         "seeds": config.seeds,
         "budget": config.budget,
         "confidence": {task.name: task.bootstrap.confidence for task in config.tasks},
-        "methods": {m.name: _about(folder, m, config, rates.get(m.name)) for m in methods},
+        "methods": {
+            m.name: _about(folder, m, config, rates[m.name].step_s if m.name in rates else None)
+            for m in methods
+        },
         "tasks": tasks,
         "missing": dict(_missing(folder, methods, config)),
     }

@@ -62,7 +62,8 @@ def judged(
         `auroc` and `auprc`: {method: {class or "mean": {"value", "low", "high", "seeds"}}};
         `difference`: {metric: {method: the same}}, the method minus the reference; `over_best`: the
         reference minus the baseline that is best on the validation images; `delong`: {method:
-        {class: p}}; `few_labels`, a share each, `subgroups` by name, and `roc`.
+        {class: p}}; `few_labels`, a share each with its own `over_best`, `subgroups` by name, and
+        `roc`.
     """
     bootstrap = settings.bootstrap
     figures = {
@@ -98,7 +99,8 @@ def judged(
     return result | {
         "delong": _delong(methods, images, reference),
         "few_labels": [
-            _share(k, about, methods, compared) for k, about in enumerate(images.about["shares"])
+            _share(k, about, methods, compared, best)
+            for k, about in enumerate(images.about["shares"])
         ],
         "subgroups": {
             name: _subgroup(name, chosen, methods, images, bootstrap, reference)
@@ -234,9 +236,16 @@ def _delong(
 
 
 def _share(
-    place: int, about: Mapping[str, Any], methods: Mapping[str, BySeed], compared: _Compared
+    place: int,
+    about: Mapping[str, Any],
+    methods: Mapping[str, BySeed],
+    compared: _Compared,
+    best: str | None,
 ) -> dict[str, Any]:
-    """The mean AUROC of the methods at a share of the training patients."""
+    """The mean AUROC of the methods at a share of the training patients.
+
+    The best baseline is that of all training patients' probes, the same at every share.
+    """
     result = dict(about)
     if not about["classes"]:
         return result
@@ -244,11 +253,15 @@ def _share(
         name: {MEAN: {seed: Drawn(*scores.few[place]) for seed, scores in by_seed.items()}}  # type: ignore[misc]
         for name, by_seed in methods.items()
     }
+    over = None
+    if best and compared.reference in figures:
+        over = compared.minus(figures[compared.reference], figures[best], [MEAN])
     return result | {
         "methods": {name: compared.cell(one[MEAN]) for name, one in figures.items()},
         "difference": {
             name: cells[MEAN] for name, cells in compared.differences(figures, [MEAN]).items()
         },
+        "over_best": {"baseline": best, **over[MEAN]} if over else None,
     }
 
 

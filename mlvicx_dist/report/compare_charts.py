@@ -49,7 +49,9 @@ def _few(shares: list[Mapping[str, Any]]) -> Chart:
                 "y": [cell["value"] for cell in cells],
                 "error_y": {
                     "type": "data",
+                    "symmetric": False,
                     "array": [cell["high"] - cell["value"] for cell in cells],
+                    "arrayminus": [cell["value"] - cell["low"] for cell in cells],
                     "thickness": 1,
                     "width": 0,
                 },

@@ -35,11 +35,19 @@ def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
         for manifest, folder in zip(manifests, config.data.shards, strict=True)
     ]
     if config.train.init_from:
-        weights = find_weights(config.train.init_from)
-        folder = weights.is_dir()
-        file = local_folder(weights) / "encoder.safetensors" if folder else local_copy(weights)
-        tree["train"]["init_from"] = digest(file)
+        tree["train"]["init_from"] = weights_digest(config.train.init_from)
     return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
+
+
+def weights_digest(init_from: str) -> str:
+    """The digest of the weights that `train.init_from` means.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    weights = find_weights(init_from)
+    folder = weights.is_dir()
+    return digest(local_folder(weights) / "encoder.safetensors" if folder else local_copy(weights))
 
 
 def check_fingerprint(

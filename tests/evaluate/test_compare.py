@@ -14,7 +14,7 @@ from mlvicx_dist.cli import main
 from mlvicx_dist.config import EvaluateConfig, Task, parse_config, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate import budget, compare
-from mlvicx_dist.evaluate.comparison import found, opened, scores_path
+from mlvicx_dist.evaluate.comparison import found, opened, scores_path, write_diverged
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
 from mlvicx_dist.evaluate.methods import methods_of
 from mlvicx_dist.evaluate.task import (
@@ -162,6 +162,9 @@ def page_of(folder, document, capsys):
     for words in ("Label efficiency", "ROC, mean over", "What the context looks at", "view AP"):
         assert words in page
     assert f"{value:.3f} [" in page and 'src="http' not in page
+    over = document["tasks"]["phantoms"]["few_labels"][0]["over_best"]
+    words = f"{over['baseline']}, of the others the best on the validation images: AUROC "
+    assert f"{words}{over['value']:+.3f} [{over['low']:+.3f}" in page
     assert "mlvicx-seed-0" in page and page.count("data:image/jpeg;base64,") == 1
     table = (folder / "comparison.md").read_text()
     assert f"| mlvicx | 2 | {value:.3f} [" in table
@@ -190,9 +193,15 @@ def refusals_of(path, folder, capsys):
     assert code == 2 and "another process is at work on this comparison" in err
 
 
-def test_a_run_that_diverges_is_told_and_not_tried_again(alone, phantom_shards, tmp_path, capsys):
+@pytest.mark.parametrize("given", ["images", "time"])
+def test_a_run_that_diverges_is_told_and_not_tried_again(
+    given, alone, phantom_shards, tmp_path, capsys, monkeypatch
+):
+    """Nor measured again, where its rate was to be measured."""
+    monkeypatch.setattr(budget, "STEPS", 1)
+    monkeypatch.setattr(budget, "seconds_a_step", lambda rows, batch: 0.1)
     methods = {"mlvicx": {}, "loud": {"train.learning_rate_per_256": 1e30}}
-    settings = tree(phantom_shards, tmp_path / "c", seeds=[3], methods=methods)
+    settings = tree(phantom_shards, tmp_path / "c", seeds=[3], methods=methods, budget=given)
     path = written(tmp_path, settings)
     document, code, err = compared(capsys, path)
     assert code == 0 and "loud-seed-3 diverged: step 1" in err
@@ -270,7 +279,55 @@ def test_tasks_that_cannot_be_judged_are_refused_before_a_run(
     assert code == 2 and "holdout" in err
     _, code, err = compared(capsys, path, "--set", "storage_path=s3://bucket/c")
     assert code == 2 and "a comparison is kept in a folder" in err
-    assert alone == []
+    # Nothing of these keeps the right settings away, in the same folder.
+    _, code, err = compared(capsys, path, "--set", "methods={pixels: {}}")
+    assert code == 0 and alone == [], err
+
+
+def test_settings_of_speed_make_another_comparison_at_equal_time(phantom_shards, tmp_path):
+    """Measured rates are those of the same workers; at equal images these change nothing."""
+    for given in ("images", "time"):
+        plain = tree(phantom_shards, tmp_path, budget=given)
+        known = compare._identity(parse_config(plain, "t"), ["manifest"])
+        for section, changed in [
+            ("workers", {"num": 2}),
+            ("workers", {"min": 1}),
+            ("workers", {"cpus_per_worker": 2}),
+            ("workers", {"use_gpu": True}),
+            ("data", {"loader_workers": 2}),
+            ("train", {"recompute": True}),
+        ]:
+            pretrain = dict(plain["pretrain"])
+            pretrain[section] = pretrain.get(section, {}) | changed
+            config = parse_config(plain | {"pretrain": pretrain}, "t")
+            other = compare._identity(config, ["manifest"])
+            assert (other == known) == (given == "images"), (given, section, changed)
+
+
+def test_the_weights_that_a_method_starts_from_are_part_of_it(
+    phantom_shards, tmp_path, monkeypatch
+):
+    """By their content, wherever they lie; the path holds for workers in another folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def plan(path, content):
+        (tmp_path / path).mkdir(exist_ok=True)
+        (tmp_path / path / "encoder.safetensors").write_bytes(content)
+        methods = {"mlvicx": {}, "later": {"train.init_from": path}}
+        return compare.make_plan(parse_config(tree(phantom_shards, "c", methods=methods), "t"))
+
+    first = plan("a", b"weights")
+    assert first.methods[1].settings.train.init_from == str(tmp_path / "a")
+    assert plan("b", b"weights").identity == first.identity
+    assert plan("a", b"others").identity != first.identity
+
+
+def test_a_damaged_list_of_what_diverged_is_not_written_over(tmp_path):
+    damaged = tmp_path / "diverged.json"
+    damaged.write_text('{"vicreg-seed-0": ')
+    with pytest.raises(DataError, match="runs that diverged is damaged"):
+        write_diverged(tmp_path, "step 1", "simclr-seed-0")
+    assert damaged.read_text() == '{"vicreg-seed-0": '
 
 
 def test_files_are_read_as_they_were_written(phantom_shards, tmp_path):

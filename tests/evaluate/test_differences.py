@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from mlvicx_dist.config import Task
+from mlvicx_dist.evaluate.compare_table import tables
 from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.differences import areas_of, best_on_validation, judged
 from mlvicx_dist.evaluate.metrics import auroc, bootstrap_areas, half_width, over_classes
@@ -175,6 +176,36 @@ def test_few_labels_are_means_over_seeds_and_draws(result, methods):
     assert share["methods"]["good"]["value"] == pytest.approx(0.61)
     assert share["difference"]["bad"]["value"] == pytest.approx(0.0)
     assert share["classes"] == ["a"]
+
+
+def test_a_share_says_what_is_gained_over_the_best_baseline(images):
+    """The one that is best on the validation images, not at the share."""
+    few = {"good": 0.70, "bad": 0.67, "lucky": 0.69}
+    validated = {"good": 0.8, "bad": 0.7, "lucky": 0.6}
+    methods = {
+        name: {
+            s: scores(images, signal=1.0, seed=s, validation=validated[name], few=value)
+            for s in (0, 1)
+        }
+        for name, value in few.items()
+    }
+    found = judged(methods, images, task(), reference="good", baselines=["bad", "lucky"])
+    over = found["few_labels"][0]["over_best"]
+    assert over["baseline"] == "bad" and over["value"] == pytest.approx(0.03)
+    assert over["low"] < over["value"] < over["high"]
+    result = {
+        "reference": "good",
+        "confidence": {"t": 0.95},
+        "budget": "images",
+        "methods": {name: {"floor": None, "runs": {}} for name in methods},
+        "tasks": {"t": found},
+        "missing": {},
+    }
+    (share,) = (table for table in tables(result) if "few labels" in table.title)
+    assert share.notes[0].startswith("good minus bad, of the others the best on the validation")
+    assert f"AUROC +0.030 [{over['low']:+.3f}" in share.notes[0]
+    alone = judged(methods, images, task(), reference="good", baselines=[])
+    assert alone["few_labels"][0]["over_best"] is None
 
 
 def test_raw_pixels_are_the_same_for_every_seed(methods, images):

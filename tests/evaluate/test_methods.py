@@ -101,6 +101,14 @@ def test_a_run_has_its_seed_and_length():
         ({"reference": "vicerg"}, "reference is 'vicerg', which is no method here"),
         ({"reference": "pixels", "budget": "time"}, "needs a reference that is trained"),
         ({"tasks": [{"name": "a", "data": {"shards": ["y"]}}] * 2}, "two tasks have one name"),
+        *(
+            ({"tasks": [{"name": "a", "data": {"shards": ["y"]}, **more}]}, f"{key} is no part of")
+            for key, more in [
+                ("fine_tune", {"fine_tune": {}}),
+                ("segment", {"segment": {}}),
+                ("localise", {"localise": True}),
+            ]
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(changes, words):
