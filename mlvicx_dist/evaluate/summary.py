@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -60,12 +61,18 @@ def _precision(result: Mapping[str, Any]) -> list[str]:
         share = f"{shares[name]:.1%}" if name in shares else ""
         areas = "  ".join(cell(result["auprc"][kind][name]) for kind in ("pretrained", "untrained"))
         errors = result["calibration"]["pretrained"][name]
-        p = result["delong"].get(name)
         lines.append(
             f"{cut(name)} {share:>9} {areas}  {errors['ece']:5.3f}  {errors['brier']:5.3f}"
-            + ("" if p is None else f"  {p:6.4f}" if p >= 5e-5 else "  <.0001")
+            + (f"  {_p(result['delong'][name])}" if name in result["delong"] else "")
         )
     return lines
+
+
+def _p(p: float | None) -> str:
+    """A p-value in 6 columns; a dash where it is not defined, which older files have as NaN."""
+    if p is None or math.isnan(p):
+        return f"{'-':>6}"
+    return f"{p:6.4f}" if p >= 5e-5 else "<.0001"
 
 
 def _few_labels(result: Mapping[str, Any]) -> list[str]:
