@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlvicx_dist.evaluate.overlap import overlap_words
-from mlvicx_dist.evaluate.tables import signed, tables
+from mlvicx_dist.evaluate.tables import remarks, signed, tables
 
 WIDTH = 100
 NAME = 18
@@ -160,6 +160,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     """What no figure speaks of, by name."""
     draws = result["settings"]["bootstrap"]["draws"]
     lines = []
+    for words in remarks(result):
+        lines += wrapped(words)
     for name, count in result["undefined_draws"].items():
         lines += wrapped(
             f"{name}: {count} of {draws} draws of patients held one label value only; its "

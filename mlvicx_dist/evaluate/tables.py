@@ -35,6 +35,21 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [words(result, result[name]) for name, words in parts if result.get(name)]
 
 
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What is to be known of the result as a whole."""
+    found = []
+    if result.get("untrained", {}).get("assumed"):
+        found.append(
+            f"The export does not tell the seed of its training: {result['untrained']['seed']} was "
+            "assumed for the untrained encoder, so these may not be the weights that it began with."
+        )
+    if missing := result.get("missing"):
+        found.append(
+            f"Not whole: {', '.join(missing)} not there yet, or the evaluation was stopped."
+        )
+    return found
+
+
 def _fine_tuned(result: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
     areas = found["auroc"]
     rows: list[Row] = [

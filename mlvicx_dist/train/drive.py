@@ -23,7 +23,15 @@ from typing import Any
 from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
-from mlvicx_dist.session import on_cluster, ray_session, refused_launches, room_for, scratch
+from mlvicx_dist.session import (
+    check_resources,
+    on_cluster,
+    ray_session,
+    refused_launches,
+    room_for,
+    scratch,
+    this_machine,
+)
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.owner import TOKEN
 from mlvicx_dist.train.worker import train_worker
@@ -39,7 +47,8 @@ REFUSALS_S = 20.0
 """How often the autoscaler is asked what it was refused, while workers are waited for."""
 LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
-
+ASKED = "workers.num x workers.cpus_per_worker"
+REMEDY = "lower workers.num or workers.cpus_per_worker"
 
 Row = dict[str, Any]
 MakeJudge = Callable[[PretrainConfig, Any], Any]
@@ -380,6 +389,25 @@ def placed(nodes: Sequence[str]) -> str:
     return f" (rank {', '.join(told)})"
 
 
+def least(workers: Workers) -> dict[str, float]:
+    """What the smallest group takes."""
+    count = workers.min or workers.num
+    return {kind: count * amount for kind, amount in each(workers).items()}
+
+
+def check_room(workers: Workers) -> None:
+    """See that the machine or the cluster has room for the smallest group, before other work.
+
+    Raises:
+        ResourceError: it has not, or no cluster answers.
+    """
+    if not on_cluster():
+        check_resources(least(workers), this_machine(), "this machine", ASKED, REMEDY)
+        return
+    with cluster(workers):
+        pass
+
+
 @contextmanager
 def cluster(workers: Workers) -> Iterator[None]:
     """Ray with room for the least number of workers."""
@@ -396,13 +424,6 @@ def cluster(workers: Workers) -> Iterator[None]:
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
     }.items():
         os.environ[name] = str(value)
-    least = workers.min or workers.num
-    needed = {kind: least * amount for kind, amount in each(workers).items()}
-    with ray_session(
-        needed,
-        asked="workers.num x workers.cpus_per_worker",
-        remedy="lower workers.num or workers.cpus_per_worker",
-        deaf=True,
-    ):
+    with ray_session(least(workers), asked=ASKED, remedy=REMEDY, deaf=True):
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         yield
