@@ -124,7 +124,6 @@ def fine_tune(
             diverges.
     """
     from mlvicx_dist.train.drive import cluster, fitted, trainer
-    from mlvicx_dist.train.watch import watching
 
     plan = {
         "settings": to_tree(settings),
@@ -148,8 +147,13 @@ def fine_tune(
                     area = f"{row['encoder']}, validation AUROC {row['validation_auroc']:.3f}"
                     bar.advance(1, area)
 
-            with watching(channel, show):
-                found = fitted(group, "The encoder could not be fine-tuned")
+            found = fitted(
+                group,
+                "The encoder could not be fine-tuned",
+                channel=channel,
+                show=show,
+                wait_s=tune.workers.wait_s,
+            )
     scores = {name: one.pop("scores") for name, one in found.items()}
     test = parts.test
     judged = compare(scores, test.labels, test.patients, parts.classes, settings.bootstrap)

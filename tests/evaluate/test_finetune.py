@@ -127,7 +127,7 @@ def driven(monkeypatch):
     """A driver without Ray: what the workers are told, and made-up scores of theirs."""
     plans = []
 
-    def fitted(plan, failed):
+    def fitted(plan, failed, **named):
         plans.append(plan)
         scores = np.random.default_rng(0).normal(size=(2, 24, 1))
         return {
@@ -166,6 +166,13 @@ def test_workers_are_told_no_label_of_the_test_images(disc_shards, tmp_path, dri
 def test_a_batch_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="cannot be shared by workers"):
         FineTune.model_validate({"batch_size": 2, "workers": {"num": 3}})
+
+
+def test_a_group_that_cannot_grow_takes_no_word_of_when_it_should():
+    with pytest.raises(ValueError, match=r"workers.resize_after_s: .* leave it out"):
+        FineTune.model_validate({"workers": {"num": 2, "min": 1, "resize_after_s": 5}})
+    # What the driver hands to its workers has all keys.
+    FineTune.model_validate(FineTune().model_dump())
 
 
 def test_weights_that_diverge_are_a_sentence(disc_shards):
