@@ -87,8 +87,7 @@ class FineTune(Settings):
     brightness: Fraction = 0.1
     contrast: Fraction = 0.1
     workers: Workers = Workers()
-    """The group, which begins with at least `min` and does not grow; `wait_s` is longer than an
-    epoch, after which it is heard of."""
+    """The group does not grow. It is heard of after each epoch: `wait_s` must be longer than one."""
 
     @model_validator(mode="after")
     def _possible(self) -> FineTune:

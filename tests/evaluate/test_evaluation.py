@@ -254,6 +254,10 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
         "<td>with a mask</td><td>4</td>",
     ):
         assert words in page
+    once = (
+        "Each encoder was trained once, with one seed: the intervals resample patients and do not"
+    )
+    assert page.count(once) == sum(line.startswith(once) for line in summary(result)) == 2
     assert any(line.startswith("with a mask ") for line in summary(result))
     assert max(map(len, summary(result))) <= 100
 
