@@ -87,7 +87,7 @@ class FineTune(Settings):
     brightness: Fraction = 0.1
     contrast: Fraction = 0.1
     workers: Workers = Workers()
-    """The group does not grow. It is heard of after each epoch: `wait_s` must be longer than one."""
+    """The group does not grow. It is heard of once an epoch: `wait_s` must be longer than one."""
 
     @model_validator(mode="after")
     def _possible(self) -> FineTune:
