@@ -30,7 +30,6 @@ from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of
 from mlvicx_dist.train.step import TwoViews, make_model, train_step, wrap
-from mlvicx_dist.train.watch import watching
 from mlvicx_dist.train.worker import join, settings_of
 
 WARM_UP = 3
@@ -117,8 +116,13 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
         total = WARM_UP + steps + min(steps, TRACED)
         with progress("profiling", total, "steps") as bar:
             fit = trainer(profile_worker, plan, config.workers, channel, folder)
-            with watching(channel, lambda row: bar.advance(int("step" in row))):
-                found = fitted(fit, "The workers could not be profiled")
+            found = fitted(
+                fit,
+                "The workers could not be profiled",
+                channel=channel,
+                show=lambda row: bar.advance(int("step" in row)),
+                wait_s=config.workers.wait_s,
+            )
     try:
         write_whole(out, found.pop("trace"))
     except OSError as error:

@@ -78,9 +78,9 @@ def ray_session(
         if on_cluster():
             if not given:
                 _connect()
-            _check(needed, _whole_cluster(), "the cluster", asked, remedy)
+            check_resources(needed, _whole_cluster(), "the cluster", asked, remedy)
         else:
-            _check(needed, this_machine(), "this machine", asked, remedy)
+            check_resources(needed, this_machine(), "this machine", asked, remedy)
             # Ray's workers are nice by 15: beside any other busy process, one with two threads ran
             # eight times slower than at 0.
             os.environ.setdefault("RAY_worker_niceness", "0")
@@ -239,9 +239,14 @@ def room_for(needed: Mapping[str, float]) -> int:
     )
 
 
-def _check(
+def check_resources(
     needed: Mapping[str, float], there: Mapping[str, float], where: str, asked: str, remedy: str
 ) -> None:
+    """See that there is as much of each resource as is needed.
+
+    Raises:
+        ResourceError: there is less.
+    """
     for kind, count in needed.items():
         if count > there.get(kind, 0):
             raise ResourceError(

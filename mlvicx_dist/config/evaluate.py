@@ -87,11 +87,17 @@ class FineTune(Settings):
     brightness: Fraction = 0.1
     contrast: Fraction = 0.1
     workers: Workers = Workers()
+    """The group does not grow. It is heard of once an epoch: `wait_s` must be longer than one."""
 
     @model_validator(mode="after")
     def _possible(self) -> FineTune:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError("crop_scale must be [low, high] with 0 < low <= high")
+        if self.workers.resize_after_s != Workers().resize_after_s:
+            raise ValueError(
+                "workers.resize_after_s: a fine-tuning keeps no checkpoint, so its group does not "
+                "grow: leave it out"
+            )
         if self.workers.num > self.batch_size:
             raise ValueError(
                 f"a batch of {self.batch_size} images cannot be shared by workers.num = "

@@ -10,7 +10,7 @@ from scipy.special import ndtr
 from scipy.stats import rankdata
 
 
-def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
+def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float | None:
     """The two-sided p-value for equal AUROCs of two scores of the same images.
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988), by the mid-ranks of Sun and Xu, IEEE
@@ -23,12 +23,12 @@ def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
         labels: [n], 0, 1 or NaN (left out).
 
     Returns:
-        The p-value; 1 where the scores rank alike, NaN where a label has fewer than two images.
+        The p-value; 1 where the scores rank alike, None where a label has fewer than two images.
     """
     positive, negative = labels == 1, labels == 0
     m, n = int(positive.sum()), int(negative.sum())
     if min(m, n) < 2:
-        return float("nan")
+        return None
     over_negatives, under_positives = np.empty((2, m)), np.empty((2, n))
     for k, scores in enumerate((first, second)):
         columns = scores.reshape(len(labels), -1)

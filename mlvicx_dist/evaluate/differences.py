@@ -218,9 +218,9 @@ def _undefined(
 
 def _delong(
     methods: Mapping[str, BySeed], images: Images, reference: str
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """A class's p-value of equal mean AUROC over the common seeds, the runs being given."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for name, by_seed in methods.items():
         seeds = [seed for seed in by_seed if seed in methods.get(reference, {})]
         if name == reference or not seeds:

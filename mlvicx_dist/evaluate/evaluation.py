@@ -7,7 +7,9 @@ split is looked at once. Intervals resample patients; the difference of the two 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
-from mlvicx_dist.evaluate.finetune import fine_tune
+from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
 from mlvicx_dist.evaluate.localise import check_context, localise
 from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
@@ -33,8 +35,8 @@ from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import Encoder, untrained
 from mlvicx_dist.progress import progress
-from mlvicx_dist.storage import write_whole
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder, training_settings
+from mlvicx_dist.storage import Place, make_folder, reaching, told, write_whole
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder, trained_seed
 
 ENCODERS = ("pretrained", "untrained")
 CURVE_POINTS = 200
@@ -51,17 +53,25 @@ def evaluate_checkpoint(
         out: Folder of the result; None is `evaluations/` of the checkpoint's run.
 
     Returns:
-        The result and the path of its JSON file.
+        The result and the path of its JSON file. Of the untrained encoder it has `untrained`:
+        `seed`, and whether that is `assumed` since an export does not tell it. The file is written
+        after each part; until the last one `missing` names those that are asked for and not there.
+
+    Raises:
+        UserError: of what can be known of folder, shards and workers at the start, before the work.
     """
     weights = find_weights(checkpoint)
     run_dir = weights.parent.parent
     folder = Path(out) if out else run_dir / "evaluations"
+    _check_folder(folder)
     encoder = load_encoder(weights)
-    trained = training_settings(weights)
-    seed = trained.train.seed if trained else 0
+    told_seed = trained_seed(weights)
+    seed = told_seed or 0
     bare = untrained(encoder, seed)
     size_px = settings.embedding.image_size_px or encoder.image_size_px
     masks, boxes = _marked(encoder, settings, size_px)
+    if settings.fine_tune:
+        check_fine_tune(settings, settings.fine_tune)
     embeddings = embed_shards(
         [encoder, bare, Pixels()],
         settings.data.shards,
@@ -71,33 +81,60 @@ def evaluate_checkpoint(
         loader_workers=settings.data.loader_workers,
         use_gpu=settings.embedding.use_gpu,
     )
-    result = {"checkpoint": weights.name, **evaluate(embeddings, settings)}
+    result = {
+        "checkpoint": weights.name,
+        "untrained": {"seed": seed, "assumed": told_seed is None},
+        **evaluate(embeddings, settings),
+    }
     tested = embeddings.about_of(embeddings.rows(settings.data.test))
     off = {"unknown": "overlap is off"}
     result["overlap"] = overlap_with_run(tested, run_dir) if settings.overlap else off
     both = dict(zip(ENCODERS, (encoder, bare), strict=True))
+    parts: dict[str, Callable[[], Any]] = {}
     if settings.localise:
-        result["localise"] = localise(both, boxes, settings)
-    if settings.segment:
-        result["segment"] = segment(both, masks, settings, settings.segment)
-    if settings.fine_tune:
-        result["fine_tune"] = fine_tune(
-            weights,
-            parts_of(embeddings, settings),
-            settings,
-            settings.fine_tune,
-            seed=seed,
-            size_px=size_px,
+        parts["localise"] = lambda: localise(both, boxes, settings)
+    if chosen := settings.segment:
+        parts["segment"] = lambda: segment(both, masks, settings, chosen)
+    if tune := settings.fine_tune:
+        learned = parts_of(embeddings, settings)
+        parts["fine_tune"] = lambda: fine_tune(
+            weights, learned, settings, tune, seed=seed, size_px=size_px
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{settings.name}.json"
+    path = folder / f"{settings.name}.json"
+    for done, name in enumerate(parts):
+        _write(path, {**result, "missing": list(parts)[done:]})
+        result[name] = parts[name]()
+    _write(path, result)
+    return result, path
+
+
+def _check_folder(folder: Place) -> None:
+    """Make the result's folder and see that it can be written.
+
+    Raises:
+        DataError: it cannot.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    with _writing(folder):
+        make_folder(folder)
+        write_whole(probe, b"")
+        probe.unlink()
+
+
+def _write(path: Place, result: dict[str, Any]) -> None:
+    with _writing(path.parent):
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+@contextmanager
+def _writing(folder: Place) -> Iterator[None]:
+    try:
+        with reaching(folder):
+            yield
     except OSError as error:
         raise DataError(
-            f"{folder}: the result cannot be written ({error.strerror}); give a folder with --out."
+            f"{folder}: the result cannot be written ({told(error)}); give a folder with --out."
         ) from None
-    return result, path
 
 
 def _marked(

@@ -77,6 +77,25 @@ class Classifier(nn.Module):
         return logits
 
 
+def check_fine_tune(settings: EvaluateConfig, tune: FineTune) -> None:
+    """See before other work that the training split and the machine or cluster are large enough.
+
+    Raises:
+        DataError: the batch is larger than the training split.
+        ResourceError: there is no room for the workers.
+    """
+    from mlvicx_dist.train.drive import check_room
+
+    split = settings.data.train
+    images = len(ShardSet.open(settings.data.shards, splits=[split]))
+    if tune.batch_size > images:
+        raise DataError(
+            f"fine_tune.batch_size is {tune.batch_size}, but the split '{split}' has {images} "
+            "images; lower it."
+        )
+    check_room(tune.workers)
+
+
 def fine_tune(
     weights: Place,
     parts: Parts,
@@ -101,18 +120,11 @@ def fine_tune(
         "validation_auroc" of each}}.
 
     Raises:
-        UserError: the batch is larger than the training split, there are fewer cores than workers,
-            or the training diverges.
+        UserError: there are fewer cores than workers, nothing is heard of them, or the training
+            diverges.
     """
     from mlvicx_dist.train.drive import cluster, fitted, trainer
-    from mlvicx_dist.train.watch import watching
 
-    images = len(parts.train.labels)
-    if tune.batch_size > images:
-        raise DataError(
-            f"fine_tune.batch_size is {tune.batch_size}, but the split '{parts.train.split}' has "
-            f"{images} images; lower it."
-        )
     plan = {
         "settings": to_tree(settings),
         # Workers start in another folder.
@@ -135,8 +147,13 @@ def fine_tune(
                     area = f"{row['encoder']}, validation AUROC {row['validation_auroc']:.3f}"
                     bar.advance(1, area)
 
-            with watching(channel, show):
-                found = fitted(group, "The encoder could not be fine-tuned")
+            found = fitted(
+                group,
+                "The encoder could not be fine-tuned",
+                channel=channel,
+                show=show,
+                wait_s=tune.workers.wait_s,
+            )
     scores = {name: one.pop("scores") for name, one in found.items()}
     test = parts.test
     judged = compare(scores, test.labels, test.patients, parts.classes, settings.bootstrap)

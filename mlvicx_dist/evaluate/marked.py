@@ -26,7 +26,8 @@ class Marked:
 
     Attributes:
         image: uint8 [S, S], as `squared` makes it.
-        finding: bool [S, S]; of boxes every pixel that one of them touches.
+        finding: bool [S, S]: every pixel that one of the boxes, or a pixel of the stored mask,
+            touches. It is empty only where the stored mask is.
         inside: Rows and columns of the square that the image takes.
         patient: Source and key.
     """
@@ -110,7 +111,7 @@ class MarkedImages(Dataset[Marked | UserError]):
         image, known = as_bytes(self.shards.image(sample)), json.loads(self.shards.json(sample))
         inside = place_in_square(image.shape, self.size_px)
         if self._kind == "masks":
-            finding = squared(self._mask(sample), self.size_px) >= 128
+            finding = _mask_touched(self._mask(sample) > 0, self.size_px, inside)
         else:
             finding = np.zeros((self.size_px, self.size_px), bool)
             scale = self.size_px / max(image.shape)
@@ -128,6 +129,19 @@ class MarkedImages(Dataset[Marked | UserError]):
     def _boxes(self, sample: int) -> list[dict[str, Any]]:
         boxes = json.loads(self.shards.json(sample))["boxes"]
         return [box for box in boxes if self._classes is None or box["label"] in self._classes]
+
+
+def _mask_touched(mask: np.ndarray, size_px: int, inside: tuple[slice, slice]) -> np.ndarray:
+    """The pixels of the square that a set pixel of the stored mask, bool [H, W], touches."""
+    for axis, place in enumerate(inside):
+        stored, shown = mask.shape[axis], place.stop - place.start
+        edges = np.arange(shown + 1) * stored
+        first, last = edges[:-1] // shown, -(-edges[1:] // shown)
+        count = np.insert(mask.cumsum(axis, dtype=np.int64), 0, 0, axis)
+        mask = count.take(last, axis) > count.take(first, axis)
+    square = np.zeros((size_px, size_px), bool)
+    square[inside] = mask
+    return square
 
 
 def _touched(box: dict[str, Any], scale: float, inside: tuple[slice, slice]) -> tuple[slice, slice]:

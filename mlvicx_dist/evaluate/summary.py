@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from mlvicx_dist.evaluate.overlap import overlap_words
-from mlvicx_dist.evaluate.tables import signed, tables
+from mlvicx_dist.evaluate.tables import remarks, signed, tables
 
 WIDTH = 100
 NAME = 18
@@ -60,12 +61,18 @@ def _precision(result: Mapping[str, Any]) -> list[str]:
         share = f"{shares[name]:.1%}" if name in shares else ""
         areas = "  ".join(cell(result["auprc"][kind][name]) for kind in ("pretrained", "untrained"))
         errors = result["calibration"]["pretrained"][name]
-        p = result["delong"].get(name)
         lines.append(
             f"{cut(name)} {share:>9} {areas}  {errors['ece']:5.3f}  {errors['brier']:5.3f}"
-            + ("" if p is None else f"  {p:6.4f}" if p >= 5e-5 else "  <.0001")
+            + (f"  {_p(result['delong'][name])}" if name in result["delong"] else "")
         )
     return lines
+
+
+def _p(p: float | None) -> str:
+    """A p-value in 6 columns; a dash where it is not defined, which older files have as NaN."""
+    if p is None or math.isnan(p):
+        return f"{'-':>6}"
+    return f"{p:6.4f}" if p >= 5e-5 else "<.0001"
 
 
 def _few_labels(result: Mapping[str, Any]) -> list[str]:
@@ -153,6 +160,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     """What no figure speaks of, by name."""
     draws = result["settings"]["bootstrap"]["draws"]
     lines = []
+    for words in remarks(result):
+        lines += wrapped(words)
     for name, count in result["undefined_draws"].items():
         lines += wrapped(
             f"{name}: {count} of {draws} draws of patients held one label value only; its "

@@ -29,10 +29,31 @@ class Table:
     notes: list[str]
 
 
+ONCE = (
+    "Each encoder was trained once, with one seed: the intervals resample patients and do not "
+    "count the spread of trainings."
+)
+
+
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Those of the parts that an evaluation has."""
     parts = (("fine_tune", _fine_tuned), ("segment", _segmented), ("localise", _localised))
     return [words(result, result[name]) for name, words in parts if result.get(name)]
+
+
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What is to be known of the result as a whole."""
+    found = []
+    if result.get("untrained", {}).get("assumed"):
+        found.append(
+            f"The export does not tell the seed of its training: {result['untrained']['seed']} was "
+            "assumed for the untrained encoder, so these may not be the weights that it began with."
+        )
+    if missing := result.get("missing"):
+        found.append(
+            f"Not whole: {', '.join(missing)} not there yet, or the evaluation was stopped."
+        )
+    return found
 
 
 def _fine_tuned(result: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
@@ -46,7 +67,7 @@ def _fine_tuned(result: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
         for name, one in found["epochs"].items()
     )
     title = "Fine-tuned as a whole, AUROC on the test images; the epoch is chosen on validation."
-    return Table(title, "class", "positives", rows, [f"Epoch taken of those run: {epochs}."])
+    return Table(title, "class", "positives", rows, [f"Epoch taken of those run: {epochs}.", ONCE])
 
 
 def _segmented(result: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
@@ -65,6 +86,7 @@ def _segmented(result: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
         f"Predicting nothing has {nothing:.3f} over all images; the pretrained encoder minus that: "
         f"{signed(dice['all']['over_nothing'])}."
     ]
+    notes.append(ONCE)
     if found["unmarked"]:
         notes.append(f"Left out: {found['unmarked']} test images without any mask, empty or not.")
     return Table(title, "Dice", "images", rows, notes)

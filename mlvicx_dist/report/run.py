@@ -10,7 +10,7 @@ import yaml
 from mlvicx_dist.config import METHODS, PretrainConfig, parse_config, parse_yaml, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, UserError
 from mlvicx_dist.evaluate.overlap import overlap_words
-from mlvicx_dist.evaluate.tables import tables
+from mlvicx_dist.evaluate.tables import remarks, tables
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import as_data_uri, contact_sheet
@@ -54,6 +54,7 @@ def of_run(run_dir: Place) -> dict[str, Any]:
                 "result": e,
                 "charts": charts.of_evaluation(e),
                 "tables": tables(e),
+                "remarks": remarks(e),
                 "overlap": overlap_words(e["overlap"]) if "overlap" in e else "",
             }
             for e in evaluations

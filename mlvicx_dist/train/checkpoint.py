@@ -24,7 +24,7 @@ from filelock import FileLock
 from mlvicx_dist.config import PretrainConfig, parse_config
 from mlvicx_dist.errors import CheckpointError, ConfigError
 from mlvicx_dist.model.encoder import Encoder, load_strictly
-from mlvicx_dist.model.export_folder import EXPORT_FILES, load_export
+from mlvicx_dist.model.export_folder import EXPORT_FILES, known_of, load_export
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.storage import (
     Place,
@@ -356,9 +356,17 @@ def load_encoder(path: str | Place) -> Encoder:
     return Encoder.from_model(model, config.views.image_size_px).eval()
 
 
-def training_settings(path: Place) -> PretrainConfig | None:
-    """Those of the run that a checkpoint comes from; None for an export, which does not tell."""
-    return None if path.is_dir() else settings_of(read_checkpoint(local_copy(path)), path)
+def trained_seed(weights: Place) -> int | None:
+    """`train.seed` of the run that a checkpoint or an export comes from.
+
+    None for an export whose config.json does not tell it: those of earlier versions.
+    """
+    if not weights.is_dir():
+        return settings_of(read_checkpoint(local_copy(weights)), weights).train.seed
+    found: Any = known_of(local_folder(weights))
+    for key in ("training", "settings", "train", "seed"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def local_folder(folder: Place) -> Path:

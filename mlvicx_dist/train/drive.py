@@ -23,7 +23,15 @@ from typing import Any
 from mlvicx_dist.config import PretrainConfig, Workers, to_tree
 from mlvicx_dist.errors import ResourceError, TrainingError
 from mlvicx_dist.progress import Progress, duration, progress
-from mlvicx_dist.session import on_cluster, ray_session, refused_launches, room_for, scratch
+from mlvicx_dist.session import (
+    check_resources,
+    on_cluster,
+    ray_session,
+    refused_launches,
+    room_for,
+    scratch,
+    this_machine,
+)
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.owner import TOKEN
 from mlvicx_dist.train.worker import train_worker
@@ -39,7 +47,8 @@ REFUSALS_S = 20.0
 """How often the autoscaler is asked what it was refused, while workers are waited for."""
 LOOK_S = 2.0
 """How often the driver looks for room for more workers."""
-
+ASKED = "workers.num x workers.cpus_per_worker"
+REMEDY = "lower workers.num or workers.cpus_per_worker"
 
 Row = dict[str, Any]
 MakeJudge = Callable[[PretrainConfig, Any], Any]
@@ -115,7 +124,7 @@ def drive(
                         if elsewhere and not shown.world_size:
                             refusals.tell()
                 # Where no worker was at work there is nothing to save.
-                steps = 0 if fit.is_alive() else fit.result()
+                steps = 0 if fit.is_alive() else int(fit.result(_given_up))
         finally:
             with suppress(OSError), reaching(run_dir):
                 (run_dir / TOKEN.format(token)).unlink()
@@ -128,60 +137,77 @@ class _Fit(threading.Thread):
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="mlvicx-fit", daemon=True)
         self._trainer = trainer
-        self._steps: int | None = None
+        self._found: Any = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._steps = self._trainer.fit().return_value
+            self._found = self._trainer.fit().return_value
         except BaseException as error:
             self._error = error
 
-    def result(self) -> int:
-        """The number of steps done.
+    def result(self, given_up: Callable[[str], str]) -> Any:
+        """What rank 0 returned.
+
+        Args:
+            given_up: The sentence for the reason that Ray gives.
 
         Raises:
-            UserError: what ended the run.
+            UserError: what a worker raised, or that Ray gave up.
         """
         from ray.train import TrainingFailedError
 
         from mlvicx_dist.train.watch import user_error
 
         if self._error is None:
-            assert self._steps is not None
-            return self._steps
+            return self._found
         cause = user_error(self._error)
         if cause:
             raise cause from None
         if isinstance(self._error, TrainingFailedError):
             words = str(self._error).strip().splitlines()
-            raise TrainingError(
-                f"Ray could not go on with the run ({words[-1] if words else 'no message'}); "
-                f"{where_logs_are()}, and the same command goes on from the newest checkpoint."
-            ) from self._error
+            reason = words[-1] if words else "no message"
+            raise TrainingError(given_up(reason)) from self._error
         raise self._error
 
 
-def fitted(trainer: Any, failed: str) -> dict[str, Any]:
-    """What rank 0 found, of a group that is run to its end in this thread.
+def _given_up(reason: str) -> str:
+    return (
+        f"Ray could not go on with the run ({reason}); {where_logs_are()}, and the same command "
+        "goes on from the newest checkpoint."
+    )
+
+
+def fitted(
+    trainer: Any, failed: str, *, channel: Path, show: Callable[[Row], None], wait_s: float
+) -> dict[str, Any]:
+    """What rank 0 found, of a group that is run to its end.
+
+    Args:
+        trainer: Of the group, see `trainer`.
+        failed: The beginning of the sentence where it cannot be.
+        channel: Where the rows come from.
+        show: Called, in another thread, with each row.
+        wait_s: `workers.wait_s`.
 
     Raises:
-        UserError: what a worker raised, or `failed` and the reason.
+        UserError: what a worker raised, `failed` and the reason, or that nothing was heard of the
+            workers for `wait_s`.
     """
-    from ray.train import TrainingFailedError
+    from mlvicx_dist.train.watch import watching
 
-    from mlvicx_dist.train.watch import user_error
+    fit, silence = _Fit(trainer), _Silence()
 
-    try:
-        return dict(trainer.fit().return_value)
-    except Exception as error:
-        cause = user_error(error)
-        if cause:
-            raise cause from None
-        if isinstance(error, TrainingFailedError):
-            words = (str(error).strip().splitlines() or ["no message"])[-1]
-            raise TrainingError(f"{failed} ({words}).") from error
-        raise
+    def hear(row: Row) -> None:
+        silence.hear(row)
+        show(row)
+
+    with watching(channel, hear):
+        fit.start()
+        while fit.is_alive():
+            silence.check(wait_s, failed, "run the same command again.")
+            fit.join(POLL_S)
+    return dict(fit.result(lambda reason: f"{failed} ({reason})."))
 
 
 def where_logs_are() -> str:
@@ -320,7 +346,7 @@ class _Shown:
     def __init__(self, bar: Progress, heard: Callable[[Row], None]) -> None:
         self._bar, self._heard, self._step = bar, heard, 0
         self.started, self.resumed, self.world_size = False, 0, 0
-        self._heard_s = time.monotonic()
+        self._silence = _Silence()
 
     def __call__(self, row: Row) -> None:
         self._show(row)
@@ -332,7 +358,7 @@ class _Shown:
         if "step" not in row:
             self.world_size = 0
             return
-        self._heard_s = time.monotonic()
+        self._silence.hear(row)
         step = int(row["step"])
         if "loss" not in row:
             if not self.started:
@@ -360,11 +386,32 @@ class _Shown:
         Raises:
             ResourceError: nothing was heard of any worker for `limit_s`.
         """
+        remedy = "the same command goes on from the newest checkpoint."
+        self._silence.check(limit_s, f"step {self._step}", remedy)
+
+
+class _Silence:
+    """How long nothing was heard of the workers; that some of them died is no word of theirs."""
+
+    def __init__(self) -> None:
+        self._heard_s = time.monotonic()
+
+    def hear(self, row: Row) -> None:
+        """Take a row."""
+        if "step" in row:
+            self._heard_s = time.monotonic()
+
+    def check(self, limit_s: float, where: str, remedy: str) -> None:
+        """End a wait that is longer than a user wants.
+
+        Raises:
+            ResourceError: nothing was heard for `limit_s`.
+        """
         if time.monotonic() - self._heard_s > limit_s:
             raise ResourceError(
-                f"step {self._step}: nothing was heard of the workers for {duration(limit_s)}; "
-                "see with 'ray status' whether the cluster has room for them, or raise "
-                "workers.wait_s; the same command goes on from the newest checkpoint."
+                f"{where}: nothing was heard of the workers for {duration(limit_s)}; see with "
+                "'ray status' whether the cluster has room for them, or raise workers.wait_s; "
+                f"{remedy}"
             )
 
 
@@ -378,6 +425,25 @@ def placed(nodes: Sequence[str]) -> str:
         told.append(f"{rank} on {node}" if last == rank else f"{rank} to {last} on {node}")
         rank = last + 1
     return f" (rank {', '.join(told)})"
+
+
+def least(workers: Workers) -> dict[str, float]:
+    """What the smallest group takes."""
+    count = workers.min or workers.num
+    return {kind: count * amount for kind, amount in each(workers).items()}
+
+
+def check_room(workers: Workers) -> None:
+    """See that the machine or the cluster has room for the smallest group, before other work.
+
+    Raises:
+        ResourceError: it has not, or no cluster answers.
+    """
+    if not on_cluster():
+        check_resources(least(workers), this_machine(), "this machine", ASKED, REMEDY)
+        return
+    with cluster(workers):
+        pass
 
 
 @contextmanager
@@ -396,13 +462,6 @@ def cluster(workers: Workers) -> Iterator[None]:
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
     }.items():
         os.environ[name] = str(value)
-    least = workers.min or workers.num
-    needed = {kind: least * amount for kind, amount in each(workers).items()}
-    with ray_session(
-        needed,
-        asked="workers.num x workers.cpus_per_worker",
-        remedy="lower workers.num or workers.cpus_per_worker",
-        deaf=True,
-    ):
+    with ray_session(least(workers), asked=ASKED, remedy=REMEDY, deaf=True):
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         yield

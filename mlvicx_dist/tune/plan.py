@@ -149,9 +149,10 @@ def _check_points(space: Space, points: list[dict[str, Any]]) -> PretrainConfig:
 def _check_target(config: SweepConfig, total: int) -> None:
     """Whether trials can be judged at all, and be compared in the end."""
     if config.target.every_steps > total:
+        length = "steps" if config.pretrain.train.steps else "epochs"
         raise ConfigError(
             f"target.every_steps is {config.target.every_steps}, but a trial has {total} steps; "
-            "lower it, or raise pretrain.train.epochs."
+            f"lower it, or raise pretrain.train.{length}."
         )
     for held_back in [False, True] if config.confirm.seeds else [False]:
         parts = chosen_parts(config.target, config.pretrain, held_back=held_back)

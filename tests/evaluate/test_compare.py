@@ -246,12 +246,16 @@ def test_a_task_says_what_an_evaluation_says(alone, phantom_shards, tmp_path, ca
     task = to_tree(opened(folder).tasks[0])
     config = parse_config(task, "task")
     assert isinstance(config, EvaluateConfig)
-    # The checkpoint's seed would be lost with it: the export does not tell it.
+    # Its checkpoints are gone: the export tells the seed that the untrained encoder has.
     encoder = load_encoder(folder / "runs" / "mlvicx-seed-5")
     result, _ = evaluate_checkpoint(folder / "runs" / "mlvicx-seed-5", config, out=tmp_path)
     found = document["tasks"]["phantoms"]
     for metric, theirs in (("auroc", result["probe"]), ("auprc", result["auprc"])):
-        for ours, name in (("mlvicx", "pretrained"), ("pixels", "pixels")):
+        for ours, name in (
+            ("mlvicx", "pretrained"),
+            ("untrained", "untrained"),
+            ("pixels", "pixels"),
+        ):
             for one in [*result["classes"], "mean"]:
                 assert found[metric][ours][one]["value"] == pytest.approx(
                     theirs[name][one]["value"]

@@ -71,6 +71,20 @@ def test_precision_calibration_and_delong_stand_beside_auroc(embeddings):
     assert 0 < mean < 0.5
 
 
+def test_a_p_value_that_is_not_defined_is_a_dash(embeddings):
+    """One positive of b in the test split: no variance, and no NaN in the file."""
+    embeddings.labels[200:, 1] = 0
+    embeddings.labels[250, 1] = 1
+    result = evaluate(embeddings, settings())
+    assert result["delong"]["b"] is None
+    json.dumps(result, allow_nan=False)
+    (row,) = (line for line in summary(result) if line.startswith("b ") and "1.0%" in line)
+    assert row.endswith(" -")
+    assert "<.0001" not in row
+    result["delong"]["b"] = float("nan")
+    assert row in summary(result)
+
+
 def test_a_test_split_that_chooses_is_refused():
     with pytest.raises(ConfigError, match="test must be a split of its own"):
         settings(data={"shards": ["x"], "val": "test"})
@@ -240,6 +254,10 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
         "<td>with a mask</td><td>4</td>",
     ):
         assert words in page
+    once = (
+        "Each encoder was trained once, with one seed: the intervals resample patients and do not"
+    )
+    assert page.count(once) == sum(line.startswith(once) for line in summary(result)) == 2
     assert any(line.startswith("with a mask ") for line in summary(result))
     assert max(map(len, summary(result))) <= 100
 

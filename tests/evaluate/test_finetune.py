@@ -11,7 +11,7 @@ from processes import free_port, run_processes
 from torch.nn import functional
 
 from mlvicx_dist.config import EvaluateConfig, FineTune, LocalHead, Model, Projector
-from mlvicx_dist.errors import ConfigError, DataError, DivergenceError, TrainingError
+from mlvicx_dist.errors import ConfigError, DivergenceError, TrainingError
 from mlvicx_dist.evaluate import finetune
 from mlvicx_dist.evaluate.embed import embed_shards
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
@@ -127,7 +127,7 @@ def driven(monkeypatch):
     """A driver without Ray: what the workers are told, and made-up scores of theirs."""
     plans = []
 
-    def fitted(plan, failed):
+    def fitted(plan, failed, **named):
         plans.append(plan)
         scores = np.random.default_rng(0).normal(size=(2, 24, 1))
         return {
@@ -163,12 +163,16 @@ def test_workers_are_told_no_label_of_the_test_images(disc_shards, tmp_path, dri
     assert "difference" in found["auroc"]
 
 
-def test_a_batch_that_cannot_be_is_refused(disc_shards, tmp_path):
-    config = settings(disc_shards)
-    with pytest.raises(DataError, match="batch_size is 64, but the split 'train' has 48 images"):
-        fine_tune(tmp_path, parts(config), config, FineTune(), seed=0, size_px=SIZE_PX)
+def test_a_batch_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="cannot be shared by workers"):
         FineTune.model_validate({"batch_size": 2, "workers": {"num": 3}})
+
+
+def test_a_group_that_cannot_grow_takes_no_word_of_when_it_should():
+    with pytest.raises(ValueError, match=r"workers.resize_after_s: .* leave it out"):
+        FineTune.model_validate({"workers": {"num": 2, "min": 1, "resize_after_s": 5}})
+    # What the driver hands to its workers has all keys.
+    FineTune.model_validate(FineTune().model_dump())
 
 
 def test_weights_that_diverge_are_a_sentence(disc_shards):

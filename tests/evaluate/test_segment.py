@@ -19,7 +19,7 @@ from mlvicx_dist.evaluate.segment import (
     segment,
     train_segmenter,
 )
-from mlvicx_dist.ingest.masks import RunLengths
+from mlvicx_dist.ingest.masks import RunLengths, encode_runs
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.model.encoder import Encoder
@@ -150,8 +150,40 @@ def test_masks_go_the_way_of_their_image(salt, tmp_path):
         assert one.inside == (slice(0, 32), slice(5, 26))
         if one.finding.any():
             disc, rest = one.image[one.finding], one.image[one.inside][~one.finding[one.inside]]
-            assert disc.mean() > rest.mean() + 60
+            # Its rim is where the disc only touches a pixel; nothing bright is left outside.
+            assert disc.mean() > rest.mean() + 40
+            assert rest.max() < disc.mean()
             assert not one.finding[:, :5].any()
+
+
+@pytest.mark.parametrize("height_px", [64, 96])
+def test_no_pixel_of_a_thin_mask_is_lost(height_px, salt, tmp_path):
+    """Lines of one pixel, and one pixel alone, at a third of the stored size."""
+    records = draw(tmp_path / "pictures", height_px=height_px, counts={"test": 3})
+    masks = np.zeros((3, height_px, 64), bool)
+    masks[0, 5:60, 17] = masks[1, 31, 8:50] = masks[2, 40, 40] = True
+    lines = [
+        dataclasses.replace(one, mask=RunLengths((encode_runs(mask),), height_px, 64))
+        for one, mask in zip(records, masks, strict=True)
+    ]
+    pack(lines, tmp_path / "s", salt=salt, settings=PackSettings(short_side_px=64))
+    size_px = 21
+    images = MarkedImages(settings(tmp_path / "s"), "test", "masks", size_px)
+    found = []
+    for place, sample in enumerate(images.samples.tolist()):
+        stored, one = images.shards.mask(sample) > 0, images[place]
+        expected = np.zeros((size_px, size_px), bool)
+        rows, columns = one.inside
+        down, across = (
+            (s.stop - s.start) / n for s, n in zip(one.inside, stored.shape, strict=True)
+        )
+        for y, x in np.argwhere(stored):
+            top, left = int(y * down + 1e-9), int(x * across + 1e-9)
+            bottom, right = (int(np.ceil(v - 1e-9)) for v in ((y + 1) * down, (x + 1) * across))
+            expected[rows.start :, columns.start :][top:bottom, left:right] = True
+        assert np.array_equal(one.finding, expected)
+        found.append(one.finding.any())
+    assert found == [True] * 3
 
 
 def test_what_has_no_mask_is_named(phantom_shards, salt, tmp_path):

@@ -37,6 +37,24 @@ def test_the_card_says_what_was_recorded(run_dir, exported):
     assert "not recorded" not in text
 
 
+@pytest.mark.parametrize(
+    ("length", "words"), [({"steps": 1250}, "1,250 steps"), ({}, "10 epochs"), (None, "10 epochs")]
+)
+def test_the_card_says_what_length_was_asked_for(exported, tmp_path, length, words):
+    """Steps rule where they are set; records of earlier versions lack the key."""
+    path = exported / "config.json"
+    description = json.loads(path.read_text())
+    train = description["training"]["settings"]["train"]
+    train["epochs"] = 10
+    if length is None:
+        del train["steps"]
+    else:
+        train |= length
+    path.write_text(json.dumps(description))
+    again = export(exported, tmp_path / "again").folder
+    assert f"its settings ask for\n{words}. It\nbegan with" in card(again)
+
+
 def test_what_was_not_recorded_is_called_so(make_run, tmp_path):
     out = export(make_run(tmp_path / "old", data=None), tmp_path / "e").folder
     assert f"| not recorded | not recorded | `{'ab' * 32}` |" in card(out)

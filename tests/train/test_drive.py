@@ -1,5 +1,7 @@
 """What the driver says of a group."""
 
+import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import ray
 from ray.autoscaler.v2 import sdk
 
 from mlvicx_dist.doctor.findings import launches
+from mlvicx_dist.errors import DataError, ResourceError, TrainingError
 from mlvicx_dist.session import refused_launches
 from mlvicx_dist.train import drive
 from mlvicx_dist.train.drive import placed
@@ -61,3 +64,63 @@ def test_a_row_is_shown_with_the_terms_that_it_has(terms, words):
     row = {"step": 2, "loss": 4.0, "images_per_s": 100.0, "data_wait": 0.02, **terms}
     drive._Shown(bar, lambda row: None)(row)
     assert told == [(2, f"100 images/s, data wait 2%, {words}")]
+
+
+@pytest.mark.parametrize("row", [None, {"said": ["worker 0 died; beginning anew"]}])
+def test_a_group_of_which_nothing_is_heard_is_not_waited_for(tmp_path, row):
+    """Nor is one that dies again and again before its first word."""
+    ended, channel = threading.Event(), tmp_path / "rows.jsonl"
+
+    class Waiting:
+        """Ray where it finds no place for the group."""
+
+        def fit(self):
+            while not ended.wait(0.1):
+                if row:
+                    with channel.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+    try:
+        with pytest.raises(ResourceError, match=r"It failed: nothing was heard .* for 1 s"):
+            drive.fitted(Waiting(), "It failed", channel=channel, show=print, wait_s=1)
+    finally:
+        ended.set()
+
+
+def test_a_group_that_is_heard_of_may_take_its_time(tmp_path):
+    channel, shown = tmp_path / "rows.jsonl", []
+
+    class Slow:
+        """Rows every 0.4 s."""
+
+        def fit(self):
+            for step in range(5):
+                threading.Event().wait(0.4)
+                with channel.open("a") as file:
+                    file.write(json.dumps({"step": step}) + "\n")
+            return SimpleNamespace(return_value={"a": 1})
+
+    found = drive.fitted(Slow(), "It failed", channel=channel, show=shown.append, wait_s=1.2)
+    assert found == {"a": 1}
+    assert [row["step"] for row in shown] == list(range(5))
+
+
+def test_what_ends_a_group_is_one_sentence(tmp_path):
+    from ray.train import WorkerGroupError
+
+    def fitted(error):
+        def fit():
+            raise error
+
+        return drive.fitted(
+            SimpleNamespace(fit=fit),
+            "It failed",
+            channel=tmp_path / "rows.jsonl",
+            show=print,
+            wait_s=9,
+        )
+
+    with pytest.raises(TrainingError, match=r"^It failed \(.*\)\.$"):
+        fitted(WorkerGroupError("no place", {}))
+    with pytest.raises(DataError, match=r"^mine$"):
+        fitted(WorkerGroupError("a worker failed", {0: DataError("mine")}))

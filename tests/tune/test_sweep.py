@@ -164,7 +164,14 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target__every_steps": 1000}, "a trial has 16 steps"),
+        (
+            {"target__every_steps": 1000},
+            "a trial has 16 steps; lower it, or raise pretrain.train.epochs.",
+        ),
+        (
+            {"target__every_steps": 1000, "pretrain__train": {"batch_size": 6, "steps": 5}},
+            "a trial has 5 steps; lower it, or raise pretrain.train.steps.",
+        ),
         ({"target__val": "valid"}, "no images of the split valid"),
         ({"pretrain__workers": {"num": 7}}, "a batch of 6 images cannot be shared"),
         ({"space": {"model.levels": {"choice": [[9]]}}}, "level"),
@@ -215,6 +222,17 @@ def test_the_report_of_a_damaged_sweep_is_a_sentence(
     assert main(["report", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [({"epochs": 7}, "7 epochs"), ({"epochs": 7, "steps": 12}, "12 steps")]
+)
+def test_the_page_says_how_long_trials_are(phantom_shards, tmp_path, length, words):
+    settings = tree(phantom_shards, tmp_path)
+    settings["pretrain"]["train"] = {"batch_size": 6, **length}
+    written(tmp_path, settings)
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"Trials of\n{words}, test_resnet" in (tmp_path / "report.html").read_text()
 
 
 def test_the_best_of_an_earlier_sweep_is_tried_first(phantom_shards, tmp_path):
