@@ -34,7 +34,8 @@ PHANTOMS, SIZE_PX = 1500, 160
 PACKING = PackSettings(short_side_px=128, fractions=Fractions(0.6, 0.1, 0.3))
 
 PRETRAIN = """\
-# The demo's pretraining: about 1,040 phantoms, 64 px, two workers of one core.
+# The demo's pretraining: about 1,040 phantoms, 64 px, one worker of two cores
+# (two workers of one core each take twice as long).
 # Command: mlvicx pretrain {out}/pretrain.yaml
 kind: pretrain
 run: {{name: demo, storage_path: {out}}}
@@ -58,7 +59,7 @@ train:
   learning_rate_per_256: 8e-3
   weight_decay: 1e-4
   warmup_epochs: 1
-workers: {{num: 2}}
+workers: {{num: 1, cpus_per_worker: 2}}
 checkpoint: {{every_s: 60}}
 """
 EVALUATE = """\
