@@ -1,13 +1,19 @@
-"""Pictures of noise, some with a bright disc, whose mask and box are known, as shards."""
+"""Noise, some with a bright disc whose mask and box are known, as shards; a model to judge."""
 
 import numpy as np
 from PIL import Image
 
+from mlvicx_dist.config import EvaluateConfig, LocalHead, Model, Projector
 from mlvicx_dist.ingest.masks import RunLengths, encode_runs
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.record import Box, Record
 from mlvicx_dist.ingest.shard_task import PackSettings
 
+MODEL = Model(
+    backbone="test_resnet",
+    local=LocalHead(resize_px=8, channels=4, pool=2),
+    projector=Projector(width=8),
+)
 SIDE_PX = 64
 SPLITS = {"train": 48, "val": 16, "test": 24}
 
@@ -55,3 +61,14 @@ def pack_discs(folder, salt, **changes):
     )
     pack(records, folder / "shards", settings=settings, salt=salt)
     return folder / "shards"
+
+
+def settings(shards, **changes):
+    """Of an evaluation on these shards."""
+    tree = {
+        "kind": "evaluate",
+        "name": "t",
+        "data": {"shards": [str(shards)], "loader_workers": 0},
+        "bootstrap": {"draws": 100},
+    }
+    return EvaluateConfig.model_validate({**tree, **changes})

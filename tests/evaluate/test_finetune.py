@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from discs import MODEL, settings
 from processes import free_port, run_processes
 from torch.nn import functional
 
-from mlvicx_dist.config import EvaluateConfig, FineTune, LocalHead, Model, Projector
+from mlvicx_dist.config import FineTune
 from mlvicx_dist.errors import ConfigError, DivergenceError, TrainingError
 from mlvicx_dist.evaluate import finetune
 from mlvicx_dist.evaluate.embed import embed_shards
@@ -34,11 +35,6 @@ from mlvicx_dist.train import drive
 from mlvicx_dist.train.step import Member
 from mlvicx_dist.train.watch import Forward
 
-MODEL = Model(
-    backbone="test_resnet",
-    local=LocalHead(resize_px=8, channels=4, pool=2),
-    projector=Projector(width=8),
-)
 SIZE_PX = 32
 ALONE = Look(Member(0, 1, torch.device("cpu")), SIZE_PX, 0)
 
@@ -51,16 +47,6 @@ def labelled(folder, split):
     shards = ShardSet.open([folder], splits=[split])
     known = [json.loads(shards.json(sample))["labels"]["disc"] for sample in range(len(shards))]
     return Labelled(shards, np.array(known, float)[:, None])
-
-
-def settings(shards, **changes):
-    tree = {
-        "kind": "evaluate",
-        "name": "t",
-        "data": {"shards": [str(shards)], "loader_workers": 0},
-        "bootstrap": {"draws": 100},
-    }
-    return EvaluateConfig.model_validate({**tree, **changes})
 
 
 class Recorded:

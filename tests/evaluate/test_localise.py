@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from discs import MODEL, settings
 from torch.nn import functional
 
-from mlvicx_dist.config import EvaluateConfig, LocalHead, Model, Projector
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.localise import (
     THRESHOLDS,
@@ -21,23 +21,8 @@ from mlvicx_dist.model.mlvicx import build_model
 SIZE_PX = 32
 
 
-def settings(shards, **changes):
-    tree = {
-        "kind": "evaluate",
-        "name": "t",
-        "data": {"shards": [str(shards)], "loader_workers": 0},
-        "bootstrap": {"draws": 100},
-    }
-    return EvaluateConfig.model_validate({**tree, **changes})
-
-
 def encoder(**changes):
-    model = Model(
-        backbone="test_resnet",
-        local=LocalHead(resize_px=8, channels=4, pool=2),
-        projector=Projector(width=8),
-        **changes,
-    )
+    model = MODEL.model_copy(update=changes)
     return Encoder.from_model(build_model(model, 0), SIZE_PX).eval()
 
 

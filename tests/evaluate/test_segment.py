@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from discs import draw, pack_discs
+from discs import MODEL, draw, pack_discs, settings
 
-from mlvicx_dist.config import EvaluateConfig, LocalHead, Model, Projector, Segment
+from mlvicx_dist.config import Segment
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.marked import MarkedImages
 from mlvicx_dist.evaluate.segment import (
@@ -26,22 +26,7 @@ from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.progress import Progress
 
-MODEL = Model(
-    backbone="test_resnet",
-    local=LocalHead(resize_px=8, channels=4, pool=2),
-    projector=Projector(width=8),
-)
 SIZE_PX = 32
-
-
-def settings(shards, **changes):
-    tree = {
-        "kind": "evaluate",
-        "name": "t",
-        "data": {"shards": [str(shards)], "loader_workers": 0},
-        "bootstrap": {"draws": 100},
-    }
-    return EvaluateConfig.model_validate({**tree, **changes})
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from discs import MODEL, settings
 
-from mlvicx_dist.config import EvaluateConfig, LocalHead, Model, Projector
 from mlvicx_dist.errors import DataError, DivergenceError, ResourceError
 from mlvicx_dist.evaluate import evaluation
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
@@ -13,22 +13,6 @@ from mlvicx_dist.evaluate.summary import summary
 from mlvicx_dist.model.encoder import Encoder, untrained
 from mlvicx_dist.model.export_folder import save_export
 from mlvicx_dist.model.mlvicx import build_model
-
-MODEL = Model(
-    backbone="test_resnet",
-    local=LocalHead(resize_px=8, channels=4, pool=2),
-    projector=Projector(width=8),
-)
-
-
-def settings(shards, **changes):
-    tree = {
-        "kind": "evaluate",
-        "name": "t",
-        "data": {"shards": [str(shards)], "loader_workers": 0},
-        "bootstrap": {"draws": 100},
-    }
-    return EvaluateConfig.model_validate({**tree, **changes})
 
 
 @pytest.fixture
