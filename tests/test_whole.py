@@ -44,6 +44,15 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     )
     assert nih.returncode == 0, nih.stderr
     assert sum(json.loads(nih.stdout)["splits"].values()) == 652
+    findings = run(
+        *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
+        *("--where", "file=images/nihml_*", "--path-column", "file"),
+        *("--labels-column", "findings", "--patient-column", "patient_id"),
+        *("--short-side-px", "128", "--fractions", "0.6,0.1,0.3"),
+        *("--out", str(tmp_path / "nihml")),
+    )
+    assert findings.returncode == 0, findings.stderr
+    assert sum(json.loads(findings.stdout)["splits"].values()) == 407
     kermany = run(
         *(
             *pack,
@@ -63,6 +72,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     sets = [
         *("--set", f"data.shards.0.path={tmp_path / 'nih'}", "--set", "train.epochs=1"),
         *("--set", f"data.shards.1.path={tmp_path / 'kermany'}"),
+        *("--set", f"data.shards.2.path={tmp_path / 'nihml'}"),
         *("--set", f"run.storage_path={tmp_path}", "--set", "views.image_size_px=48"),
         *("--set", "train.precision=float32"),
     ]
