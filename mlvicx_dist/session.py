@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,20 +90,42 @@ def ray_session(
             # A blocked signal stays blocked in the processes that are started meanwhile.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=len(os.sched_getaffinity(0)),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=dashboard,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                with _knowing_its_address() if dashboard else nullcontext():
+                    ray.init(
+                        address="local",
+                        num_cpus=len(os.sched_getaffinity(0)),
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        include_dashboard=dashboard,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield
     finally:
         if not given:
             ray.shutdown()
+
+
+@contextmanager
+def _knowing_its_address() -> Iterator[None]:
+    """The processes of a cluster that is started in this block are told its address.
+
+    Ray's cleaners ask the cluster's dashboard. Where a second cluster is on the machine they would
+    not know which one, and end: what an ended run of Train held would stay taken.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    try:
+        yield
+    finally:
+        for name in ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS"):
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _connect() -> None:

@@ -1,4 +1,8 @@
-"""What a cluster can hold: its nodes, and those that its autoscaler may add."""
+"""What a cluster can hold: its nodes, those that its autoscaler may add, and its neighbours."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -44,3 +48,49 @@ available_node_types:
     # On machines of one's own Ray writes no resources: those of the nodes that are there count.
     path.write_text(path.read_text().replace("{CPU: 0}", "{}").replace("{CPU: 8, GPU: 2}", "{}"))
     assert session.slots({"CPU": 4}) == 2
+
+
+OTHER = """
+import ray
+ray.init(address="local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False)
+print("up", flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
+def test_cleaners_find_their_cluster_beside_another(monkeypatch):
+    # They ask as Ray's do for an ended run of Train, whose cores would else stay taken.
+    monkeypatch.setenv("RAY_GCS_SERVER_PORT", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = dict(os.environ)
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER],
+        env={name: value for name, value in before.items() if name != "RAY_GCS_SERVER_PORT"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        try:
+            assert other.stdout.readline() == "up\n"
+            with session.ray_session({"CPU": 1}, asked="a", remedy="b", dashboard=True):
+                assert {n: os.environ.get(n) for n in ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")} == {
+                    "RAY_GCS_SERVER_PORT": "1",
+                    "RAY_ADDRESS": None,
+                }
+
+                @ray.remote(num_cpus=0)
+                class Idle:
+                    def name(self):
+                        return ray.get_runtime_context().get_actor_id()
+
+                @ray.remote(num_cpus=0)
+                def is_seen(actor):
+                    from ray.train.v2._internal.state.util import is_actor_alive
+
+                    return is_actor_alive(actor, timeout=10)
+
+                idle = Idle.remote()
+                assert ray.get(is_seen.remote(ray.get(idle.name.remote())))
+        finally:
+            other.communicate("\n")

@@ -190,6 +190,8 @@ class _Ward:
         else:
             yield Finding("workers", "ok", f"{workers} asked for, room for {room}")
         yield from self._storage(config.run.storage_path)
+        # Measured while this process looks at the rest.
+        measuring = self._ask_rates(config, each(config.workers)) if self._probes and room else None
         try:
             parameters = check_model(config)
             check_workers(config)
@@ -201,9 +203,9 @@ class _Ward:
         yield Finding("shards", "ok", f"{len(shards)} images in {len(shards.shards)} shards")
         wanted = remote[0].cache.wanted_bytes if remote else 0
         yield findings.cache(self._facts, config, wanted)
-        if not self._probes or not room:
+        if measuring is None:
             return
-        rates = self._rates(config, each(config.workers))
+        rates = _rates(measuring[1])
         if "error" in rates:
             yield Finding("worker", rates["state"], rates["error"], rates.get("remedy", ""))
             return
@@ -212,29 +214,19 @@ class _Ward:
             step_s = config.train.batch_size / workers / rates["step"]
             yield findings.gradients(self._bytes_per_s, parameters, step_s)
 
-    def _rates(self, config: PretrainConfig, one: Mapping[str, float]) -> dict[str, Any]:
-        """What a worker's loader and its steps do, measured where a worker would be placed."""
+    def _ask_rates(self, config: PretrainConfig, one: Mapping[str, float]) -> tuple[Any, Any]:
+        """Have a worker's loader and its steps measured: by whom, and the answer to wait for.
+
+        A probe with a GPU ends with its handle, the first of the two.
+        """
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
 
         if "GPU" in one:
             own = ray.remote(Probe).options(num_cpus=one["CPU"], num_gpus=one["GPU"]).remote()
         else:
             # The node with the most cores: the head of a cluster may have none.
             own = self._probes[max(self._probes, key=lambda node: self._cores[node])]
-        try:
-            return dict(ray.get(own.rates.remote(config), timeout=ANSWER_S))
-        except GetTimeoutError:
-            return {
-                "state": "warn",
-                "error": f"none was measured in {ANSWER_S:.0f} s: nodes are busy or not up yet",
-                "remedy": "see `ray status`",
-            }
-        except RayError as error:
-            return {"state": "bad", "error": f"a worker died ({_why(error)})"}
-        finally:
-            if "GPU" in one:
-                ray.kill(own)
+        return own, own.rates.remote(config)
 
     def _storage(self, folder: str) -> Iterator[Finding]:
         writes, silent = self._all("write", folder)
@@ -260,6 +252,23 @@ def _probe(node_id: str) -> Any:
 
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(Probe).options(num_cpus=0, scheduling_strategy=place).remote()
+
+
+def _rates(asked: Any) -> dict[str, Any]:
+    """What was measured, or why nothing was."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        return dict(ray.get(asked, timeout=ANSWER_S))
+    except GetTimeoutError:
+        return {
+            "state": "warn",
+            "error": f"none was measured in {ANSWER_S:.0f} s: nodes are busy or not up yet",
+            "remedy": "see `ray status`",
+        }
+    except RayError as error:
+        return {"state": "bad", "error": f"a worker died ({_why(error)})"}
 
 
 def _why(error: BaseException) -> str:
