@@ -60,4 +60,4 @@ lock:
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site
