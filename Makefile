@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Processes, networks and mounts that end with the tests: `ray stop` reaches nobody else's Ray.
 APART := unshare --net --pid --fork --mount --mount-proc --kill-child
 
-.PHONY: help demo test test-all chaos cluster-test bench check format lock clean
+.PHONY: help demo test test-all chaos cluster-test bench docs check format lock clean
 
 help:
 	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
@@ -15,6 +15,7 @@ help:
 	@echo "make chaos     attacks on runs, the short ones and the long ones"
 	@echo "make cluster-test  ray up, jobs and ray down between machines of their own (root, sshd, rsync)"
 	@echo "make bench     all benchmarks, into benchmarks/RESULTS.md"
+	@echo "make docs      the documentation as a site, in site/"
 	@echo "make check     style and types only"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make lock      pin the newest versions in constraints.txt"
@@ -47,6 +48,10 @@ cluster-test: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --strict --clean
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -55,4 +60,4 @@ lock:
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

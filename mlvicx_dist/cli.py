@@ -29,7 +29,7 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code is 0 done, 1 failed, 2 the user's error, 3 files refused."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         # Ray prints of its own accord: stdout is for the answer alone.
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(answer.code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """What `mlvicx` understands."""
     parser = argparse.ArgumentParser(
         prog="mlvicx",
         description="Self-supervised pretraining of chest X-ray encoders (MLVICX) on Ray.",

@@ -43,11 +43,15 @@ class CompareConfig(Settings):
 
     kind: Literal["compare"]
     name: Name
+    """The comparison's folder below `storage_path`; the same name goes on with it."""
     storage_path: str = "comparisons"
     """A folder that all nodes see."""
     pretrain: Pretraining
+    """What all methods share."""
     methods: dict[Name, dict[str, Any]] = Field(min_length=1)
+    """The methods by name, each with its changes of `pretrain`."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(default=[0, 1, 2], min_length=1)
+    """Every method is trained once with each."""
     reference: str | None = None
     """The method that the others are compared with; None: the first."""
     budget: Literal["images", "time"] = "images"
@@ -55,6 +59,7 @@ class CompareConfig(Settings):
     at_once: Count = 1
     """How many pretrainings run at a time."""
     tasks: list[Task] = Field(min_length=1)
+    """What the encoders are judged by."""
 
     @field_validator("methods", mode="after")
     @classmethod

@@ -14,10 +14,15 @@ class EvaluateData(Settings):
     """The labelled images: the probe learns on `train`, is tuned on `val`, is judged on `test`."""
 
     shards: list[str] = Field(min_length=1)
+    """Folders of shards, or URLs."""
     train: str = "train"
+    """The split that probes learn from."""
     val: str = "val"
+    """The split that chooses penalties, epochs and thresholds."""
     test: str = "test"
+    """The split that is judged."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes; 0 loads in the process itself."""
 
     @model_validator(mode="after")
     def _unseen(self) -> EvaluateData:
@@ -32,7 +37,9 @@ class Embedding(Settings):
     image_size_px: Annotated[int, Field(ge=16, le=2048)] | None = None
     """None: the size that the encoder was pretrained at."""
     batch_size: Count = 64
+    """Images a forward pass."""
     use_gpu: bool = False
+    """Whether the encoder runs on a GPU."""
 
 
 class Probe(Settings):
@@ -41,20 +48,25 @@ class Probe(Settings):
     l2: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)
     """Penalties tried; the one with the best mean AUROC on the validation split is taken."""
     max_iterations: Count = 200
+    """The most steps of the fit."""
 
 
 class Knn(Settings):
     """Cosine nearest neighbours."""
 
     neighbours: Count = 20
+    """How many of the nearest training images vote."""
 
 
 class Bootstrap(Settings):
     """Patient-clustered bootstrap."""
 
     draws: Annotated[int, Field(ge=100)] = 1000
+    """How often patients are resampled."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """The coverage of the intervals."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws."""
 
 
 class FewLabels(Settings):
@@ -63,14 +75,18 @@ class FewLabels(Settings):
     fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=[0.01, 0.05, 0.1, 0.3, 1.0], min_length=1
     )
+    """The shares of the training patients."""
     draws: Annotated[int, Field(ge=5)] = 5
+    """How often each share is drawn."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws."""
 
 
 class FineTune(Settings):
     """The whole encoder and a linear head trained on the labels, by a group of Ray Train."""
 
     epochs: Count = 30
+    """The most epochs."""
     patience_epochs: Count = 5
     """It ends when the validation images' mean AUROC has not risen for so many."""
     batch_size: Annotated[int, Field(ge=2)] = 64
@@ -78,14 +94,21 @@ class FineTune(Settings):
     learning_rate_per_256: Positive = 1e-3
     """AdamW's learning rate is this times batch_size / 256."""
     weight_decay: NonNegative = 1e-2
+    """AdamW's."""
     warmup_epochs: NonNegative = 1.0
+    """Epochs in which the learning rate rises from 0."""
     precision: Literal["float32", "bf16"] = "float32"
+    """Of forward and backward."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the head, the order of the images and their crops."""
     crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)
+    """Low and high share of the image's area that a crop takes."""
     flip_p: Fraction = 0.5
+    """How often an image is mirrored, left for right."""
     brightness: Fraction = 0.1
+    """The most that brightness changes: factors of 1 - this to 1 + this."""
     contrast: Fraction = 0.1
+    """The most that contrast changes, likewise."""
     workers: Workers = Workers()
     """The group does not grow. It is heard of once an epoch: `wait_s` must be longer than one."""
 
@@ -110,15 +133,19 @@ class Segment(Settings):
     """A small U-Net decoder on the encoder's levels, for shards with masks."""
 
     epochs: Count = 30
+    """The most epochs."""
     patience_epochs: Count = 5
     """It ends when the Dice of the validation images has not risen for so many."""
     batch_size: Count = 16
+    """Images a step."""
     learning_rate: Positive = 1e-3
+    """AdamW's."""
     width: Annotated[int, Field(ge=8, multiple_of=8)] = 32
     """Channels of the decoder."""
     train_encoder: bool = False
     """Whether the encoder's weights learn too; its batch norm's statistics stay."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the decoder and the order of the images."""
 
 
 class EvaluateConfig(Settings):
@@ -126,6 +153,7 @@ class EvaluateConfig(Settings):
 
     kind: Literal["evaluate"]
     name: Name
+    """What the result is called: NAME.json."""
     data: EvaluateData
     classes: list[str] | None = None
     """None: every class of the shards."""

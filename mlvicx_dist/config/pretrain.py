@@ -28,10 +28,12 @@ PREDICTOR_WIDTH = 512
 
 
 class ShardFolder(Settings):
-    """A folder of shards and how densely it is sampled, relative to the largest weight."""
+    """A folder of shards and its weight."""
 
     path: str
+    """A folder, or a URL (s3://, gs://, http(s)://)."""
     weight: Positive = 1.0
+    """How densely it is sampled, relative to the largest weight."""
 
 
 class PretrainData(Settings):
@@ -39,6 +41,7 @@ class PretrainData(Settings):
 
     shards: list[ShardFolder] = Field(min_length=1)
     splits: list[str] = Field(default=["train"], min_length=1)
+    """The splits that are read of each folder."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes a training worker; 0 loads in the training process."""
     cache_dir: str | None = None
@@ -48,19 +51,30 @@ class PretrainData(Settings):
 
 
 class Views(Settings):
-    """The two views (DESIGN 4.1); a pair of numbers is (view 1, view 2) or (low, high)."""
+    """The two views; a pair of numbers is (view 1, view 2) or (low, high)."""
 
     image_size_px: Annotated[int, Field(ge=16, le=2048)] = 224
+    """The side of a view."""
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    """Low and high share of the image's area that a crop takes."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Low and high width of a crop over its height."""
     flip_p: Fraction = 0.5
+    """How often a view is mirrored, left for right."""
     jitter_p: Fraction = 0.8
+    """How often brightness and contrast are changed, in random order."""
     brightness: Fraction = 0.4
+    """The most that brightness changes: factors of 1 - this to 1 + this."""
     contrast: Fraction = 0.4
+    """The most that contrast changes, likewise."""
     blur_p: tuple[Fraction, Fraction] = (1.0, 0.1)
+    """How often view 1 and view 2 are blurred."""
     blur_kernel_px: Annotated[int, Field(ge=1)] = 23
+    """The width of the Gaussian kernel; odd, less than twice `image_size_px`."""
     blur_sigma_px: tuple[Positive, Positive] = (0.1, 2.0)
+    """Low and high standard deviation of the Gaussian."""
     solarise_p: tuple[Fraction, Fraction] = (0.0, 0.2)
+    """How often view 1 and view 2 are solarised: what is 128 or brighter is inverted."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Views:
@@ -74,12 +88,16 @@ class Views(Settings):
 
 
 class LocalHead(Settings):
-    """From level maps to local vectors (DESIGN 3.3)."""
+    """From level maps to local vectors."""
 
     fusion: Literal["sum", "per_level"] = "sum"
+    """Whether the levels are summed to one local vector or each has its own."""
     resize_px: Count = 64
+    """The side that every level's map is resized to; a multiple of `pool`."""
     channels: Count = 512
+    """The channels that every level's 1x1 convolution ends in."""
     pool: Count = 4
+    """The side of the average-pooled map, in places."""
 
     @model_validator(mode="after")
     def _divides(self) -> LocalHead:
@@ -92,19 +110,28 @@ class Projector(Settings):
     """Linear, batch norm, ReLU, …, linear and, with `last_norm`, a batch norm at the end."""
 
     width: Count = 4096
+    """Features of each layer."""
     layers: Annotated[int, Field(ge=1, le=8)] = 3
+    """How many linear layers."""
     last_norm: bool = False
+    """Whether a batch norm ends it, as published; the variance hinge is then about zero."""
 
 
 class Model(Settings):
-    """Backbone, context bottlenecks and heads (DESIGN 4.1, 4.3)."""
+    """Backbone, context bottlenecks and heads."""
 
     backbone: str = "resnet18"
+    """A convolutional model of timm."""
     channels: Literal[1, 3] = 1
+    """Of the input: 1 is grey, 3 the same repeated, with ImageNet's mean and deviation."""
     init: Literal["random", "imagenet"] = "random"
+    """The backbone's weights at the start; `imagenet` needs timm's file or a network."""
     levels: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    """The levels that are gated and read by the local head, by number from 0, or all of them."""
     level_convs: Literal["trained", "frozen"] = "trained"
+    """Whether the levels' 1x1 convolutions learn; the published code never trained them."""
     context: bool = True
+    """Whether the chosen levels have a context bottleneck."""
     local: LocalHead = LocalHead()
     projector: Projector = Projector()
     predictor_width: Count | None = None
@@ -118,11 +145,14 @@ class Model(Settings):
 
 
 class VicWeights(Settings):
-    """Coefficients of one VIC term; variance is the mean of the two hinges (DESIGN 4.1)."""
+    """Coefficients of one VIC term; variance is the mean of the two hinges."""
 
     invariance: NonNegative = 25.0
+    """Of the mean squared difference of the two views."""
     variance: NonNegative = 25.0
+    """Of the hinge on each feature's standard deviation."""
     covariance: NonNegative = 1.0
+    """Of the squared covariances of different features."""
 
 
 class Loss(Settings):
@@ -131,6 +161,7 @@ class Loss(Settings):
     global_: VicWeights = Field(default=VicWeights(), alias="global")
     local: VicWeights = VicWeights()
     lambda_local: NonNegative = 1.0
+    """The factor of the local term."""
     level_weights: dict[Annotated[int, Field(ge=0)], NonNegative] = Field(default={})
     """Factors of the levels' own terms, where they have one (`per_level`); 1 where none is given.
 
@@ -156,23 +187,33 @@ class Train(Settings):
     """The optimisation; `batch_size` is the global batch."""
 
     batch_size: Annotated[int, Field(ge=2)] = 256
+    """Images a step of the whole group."""
     epochs: Count = 300
+    """The length of the run."""
     steps: Count | None = None
     """The length of the run and its schedule in steps, in place of `epochs`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the weights, the order of samples and the views."""
     optimizer: Literal["lars", "adamw"] = "lars"
+    """LARS in its published form, or AdamW."""
     learning_rate_per_256: Positive = 0.2
     """The learning rate is this times batch_size / 256."""
     weight_decay: NonNegative = 1e-6
+    """Of parameters of two or more dimensions."""
     warmup_epochs: NonNegative = 10.0
+    """Epochs in which the learning rate rises from 0 to its peak."""
     cosine_over: Literal["after_warmup", "all_steps"] = "after_warmup"
+    """Whether the cosine fills what is left after the warm-up, or is as long as the run."""
     precision: Literal["float32", "bf16"] = "float32"
+    """Of forward and backward; the loss is float32 at least."""
     recompute: bool = False
     """Keep only the level maps for backward and compute the rest again: less memory, more time."""
     deterministic: bool = False
+    """Whether the same command gives the same bits, at the same number of workers."""
     init_from: str | None = None
     """A checkpoint, export or run whose weights this run starts from."""
     log_every_steps: Count = 10
+    """Steps from one row of metrics to the next."""
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""
@@ -183,9 +224,13 @@ class Workers(Settings):
     """The Ray Train worker group."""
 
     num: Count = 1
+    """How many workers share the batch."""
     min: Count | None = None
+    """The least that a group may shrink to when nodes go; None: it waits for all."""
     cpus_per_worker: Count = 1
+    """Cores of each."""
     use_gpu: bool = False
+    """Whether each has a GPU."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often in a row workers may die without a step further than the time before."""
     resize_after_s: Positive = 60.0
@@ -208,8 +253,11 @@ class Checkpoints(Settings):
     """When the state is saved and how much of it is kept."""
 
     every_s: Positive = 600.0
+    """The time from one checkpoint to the next."""
     every_steps: Count | None = None
+    """Steps from one checkpoint to the next, besides; None: the time alone decides."""
     keep: Count = 3
+    """How many of the newest stay."""
     export_every: Count | None = None
     """Every so many checkpoints the encoder is exported too; always at the end."""
 
@@ -218,6 +266,7 @@ class Run(Settings):
     """Where a run lives: `storage_path/name/`."""
 
     name: Name
+    """The run's folder below `storage_path`; the same name goes on with the same run."""
     storage_path: str = "runs"
     """A folder that all workers see, or a URL (s3://, gs://)."""
     samples_path: str | None = None
@@ -233,6 +282,7 @@ class PretrainConfig(Settings):
 
     kind: Literal["pretrain"]
     method: Method = "mlvicx"
+    """MLVICX, or a baseline through the same loop."""
     run: Run
     data: PretrainData
     views: Views = Views()

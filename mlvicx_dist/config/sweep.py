@@ -22,8 +22,11 @@ class Dimension(Settings):
     """Where one setting is looked for: exactly one of these."""
 
     log_uniform: tuple[Positive, Positive] | None = None
+    """Low and high end of a range that is even in the logarithm."""
     uniform: tuple[float, float] | None = None
+    """Low and high end of an even range."""
     choice: list[Any] | None = None
+    """Values, of any type that the setting takes."""
 
     @model_validator(mode="after")
     def _one(self) -> Dimension:
@@ -50,16 +53,20 @@ class WarmStart(Settings):
     """An earlier sweep whose best configurations are tried first."""
 
     sweep: str
+    """The folder of the earlier sweep."""
     trials: Count = 3
+    """How many of its best are tried."""
 
 
 class Search(Settings):
     """How configurations are found."""
 
     by: Literal["random", "grid", "optuna"] = "random"
+    """At random, all of a grid of choices, or by Optuna's TPE."""
     trials: Count | None = None
     """None: 24, or in a grid all of it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the configurations: with a trial's number it decides them."""
     warm_start: WarmStart | None = None
 
 
@@ -69,6 +76,7 @@ class Asha(Settings):
     grace_steps: Count | None = None
     """Steps before the first rung; None: a ninth of the run, at least twice the warm-up."""
     reduction: Annotated[float, Field(gt=1, le=16)] = 3.0
+    """One in how many goes on; the next rung comes after so many times the steps."""
 
 
 def _no_test(*splits: str) -> None:
@@ -86,15 +94,19 @@ class Target(Settings):
     shards: list[str] | None = Field(default=None, min_length=1)
     """None: those of the pretraining."""
     train: str = "train"
+    """The split that the probe learns from."""
     val: str = "val"
+    """The split that trials are judged on."""
     classes: list[str] | None = Field(default=None, min_length=1)
     """None: every class with both labels in both splits."""
     every_steps: Count = 200
+    """Steps from one look to the next."""
     images: Annotated[int, Field(ge=16)] = 2000
     """The most images of each split that a look embeds; which ones is the same in every trial."""
     held_back: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The share of validation patients that no trial is judged on: the last word is theirs."""
     batch_size: Count = 64
+    """Images a forward pass."""
     probe: Probe = Probe(l2=[1e-3, 1e-2, 1e-1, 1.0], max_iterations=100)
     knn: Knn = Knn()
 
@@ -128,10 +140,13 @@ class SweepConfig(Settings):
 
     kind: Literal["sweep"]
     name: Name
+    """The sweep's folder below `storage_path`; the same name goes on with it."""
     storage_path: str = "sweeps"
     """A folder that all nodes see, or a URL (s3://, gs://)."""
     pretrain: Pretraining
+    """What all trials share."""
     space: dict[str, Dimension] = Field(min_length=1)
+    """What is varied: a dotted setting of `pretrain` each."""
     search: Search = Search()
     asha: Asha | None = Asha()
     """None: every trial runs to its end."""

@@ -32,12 +32,7 @@ def run_sharding(
         add_arguments: Adds the arguments of the source.
         list_records: From the arguments to the images.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    _add_packing(parser)
-    _add_dicom(parser)
+    parser = build_parser(description, add_arguments)
     options = parser.parse_args()
     try:
         document = _pack(options, list_records)
@@ -52,6 +47,19 @@ def run_sharding(
     else:
         print("\n".join(_lines(document)))
     return 0
+
+
+def build_parser(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> argparse.ArgumentParser:
+    """What a sharding script understands: the arguments of its source, then those of all."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    _add_packing(parser)
+    _add_dicom(parser)
+    return parser
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
