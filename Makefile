@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TOOLS := .venv/.release
+PINS := $(CURDIR)/constraints.txt
 
 # Processes, networks and mounts that end with the tests: `ray stop` reaches nobody else's Ray.
 APART := unshare --net --pid --fork --mount --mount-proc --kill-child
 
-.PHONY: help demo test test-all chaos cluster-test bench docs check format lock clean
+.PHONY: help demo test test-all chaos cluster-test bench docs check format lock audit release clean
 
 help:
 	@echo "make demo      phantoms -> shards -> pretrain -> probe -> report, in demo/"
@@ -19,6 +21,8 @@ help:
 	@echo "make check     style and types only"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make lock      pin the newest versions in constraints.txt"
+	@echo "make audit     look the pins up among the known vulnerabilities"
+	@echo "make release   audit, build and try a release, with a bill of materials, in dist/"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -56,8 +60,42 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock:
-	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+lock: $(TOOLS)
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable > constraints.txt
+
+$(TOOLS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[release]'
+	touch $@
+
+# pip-audit calls a pin that the service does not know a warning; --strict makes it an error.
+ifeq ($(AUDIT),skip)
+audit:
+	@echo "AUDIT=skip: the pins of constraints.txt were not audited." >&2
+else
+audit: $(TOOLS)
+	@found=$$($(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r $(PINS)) \
+	&& echo "constraints.txt: no pin has a known vulnerability." >&2 \
+	|| if [ "$$found" ]; then echo "$$found"; \
+	echo "constraints.txt: these pins have known vulnerabilities; raise them." >&2; exit 1; \
+	else echo "constraints.txt: the pins were not audited, since the service did not answer for all" \
+	"of them; run this where pypi.org can be reached, or give AUDIT=skip." >&2; exit 1; fi
+endif
+
+# The wheel is made from the sdist, and tried in an environment that holds it and its pins alone, in
+# a folder from which nothing here can be imported.
+release: $(TOOLS) audit
+	rm -rf dist
+	PIP_CONSTRAINT=$(PINS) $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	trial=$$(mktemp -d) && trap 'rm -rf "$$trial"' EXIT && wheel=$$(echo $(CURDIR)/dist/*.whl) \
+	&& $(PYTHON) -m venv --without-pip "$$trial/venv" \
+	&& $(BIN)/python -m pip --python "$$trial/venv" install --quiet -c $(PINS) "$$wheel" \
+	&& $(BIN)/python -m pip --python "$$trial/venv" freeze --exclude mlvicx_dist > "$$trial/there" \
+	&& if grep -vxFf $(PINS) "$$trial/there"; then \
+	echo "constraints.txt: these packages are not pinned; run make lock." >&2; exit 1; fi \
+	&& $(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	--output-file "$${wheel%.whl}.cdx.json" "$$trial/venv" \
+	&& cd "$$trial" && env -u PYTHONPATH -u RAY_ADDRESS venv/bin/mlvicx demo --out demo
 
 clean:
 	rm -rf .venv demo site

@@ -16,6 +16,7 @@ from typing import Any
 
 from mlvicx_dist import __version__
 from mlvicx_dist.errors import UserError
+from mlvicx_dist.progress import plain
 
 Handler = Callable[[argparse.Namespace], "Answer"]
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             answer = options.handler(options)
     except UserError as error:
-        print(f"mlvicx: {error}", file=sys.stderr)
+        print(plain(f"mlvicx: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("mlvicx: stopped", file=sys.stderr)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(answer.document))
     else:
         for line in answer.lines:
-            print(line)
+            print(plain(line))
     return int(answer.code)
 
 

@@ -66,7 +66,7 @@ class _Bar(Progress):
         super().__init__(title, total, unit)
         self._rich = RichProgress(
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
             transient=True,
         )
@@ -77,7 +77,7 @@ class _Bar(Progress):
         self._rich.update(self._task, completed=self.done, description=self.line(note))
 
     def say(self, line: str) -> None:
-        self._rich.console.print(line)
+        self._rich.console.print(plain(line), markup=False)
 
     def stop(self) -> None:
         self._rich.stop()
@@ -100,7 +100,12 @@ def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
 
 def say(line: str) -> None:
     """A line on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """A text for a terminal: what it would obey, which a name from elsewhere may hold, is a '?'."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mlvicx_dist.errors import ResourceError
+from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.storage import temporary, write_whole
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,6 +29,10 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """What `ray up` leaves on the head node for its autoscaler."""
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 """What Kubernetes tells a pod of itself."""
+TOKEN = Path("~/.ray/auth_token")
+"""Whoever has it can run anything on a private cluster."""
+LONGEST_FOLDER = 40
+"""The names of a session and a socket take 66 of the 107 bytes of a Unix socket's path."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
 
@@ -90,9 +96,11 @@ def ray_session(
             # A blocked signal stays blocked in the processes that are started meanwhile.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
             try:
+                _hide_token()
                 with _knowing_its_address() if dashboard else nullcontext():
                     ray.init(
                         address="local",
+                        _temp_dir=_own_folder(),
                         num_cpus=len(os.sched_getaffinity(0)),
                         object_store_memory=OBJECT_STORE_BYTES,
                         include_dashboard=dashboard,
@@ -126,6 +134,37 @@ def _knowing_its_address() -> Iterator[None]:
             os.environ.pop(name)
             if name in before:
                 os.environ[name] = before[name]
+
+
+def _own_folder() -> str | None:
+    """Where a private cluster has its sockets, logs and scratch; None: where Ray has them.
+
+    Ray lets every user of the machine write into its folders, so they lie in one of this user's.
+    """
+    folder = str(temporary("ray", "ray"))
+    return None if "RAY_TMPDIR" in os.environ or len(folder) > LONGEST_FOLDER else folder
+
+
+def _hide_token() -> None:
+    """See that the token, without which a cluster takes no work, is this user's alone.
+
+    Ray, which asks for it by default, would make a file that others may read.
+    """
+    path = TOKEN.expanduser()
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    try:
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+        elif not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(path, secrets.token_hex(32).encode(), mode=0o600)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the token of Ray cannot be kept from others ({error.strerror}); mend its "
+            "rights, or give one as RAY_AUTH_TOKEN."
+        ) from None
 
 
 def _connect() -> None:

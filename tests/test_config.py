@@ -85,6 +85,13 @@ def test_a_mistake_is_one_sentence(file, override, words):
         ("- a\n", "mapping"),
         ("kind: pretrain\nkind: evaluate\n", "stands twice"),
         ("kind: pretrain\nrun: {name: x}\n", "'data' is missing"),
+        ("kind: !!python/object/apply:os.system ['exit 1']\n", "could not determine a constructor"),
+        ("kind: !!python/name:os.system\n", "could not determine a constructor"),
+        ("? [a]\n: b\n", "line 1: a key is a word"),
+        ("kind: !!int x\n", "it is not YAML"),
+        ("kind: 2026-13-45\n", "it is not YAML"),
+        ("\0", "it is not YAML"),
+        ("[" * 1000, "it is not YAML"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, words):
@@ -92,6 +99,23 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "..", ".x", "a\n", "~x", "<b>", ""])
+def test_a_name_is_no_way_to_another_folder(name):
+    tree = {"kind": "pretrain", "run": {"name": name}, "data": {"shards": [{"path": "x"}]}}
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        parse_config(tree, "t")
+
+
+def test_a_value_that_would_be_endless_is_not_written_out():
+    """Ten lists, each ten times the one before."""
+    value = ["x"] * 10
+    for _ in range(9):
+        value = [value] * 10
+    tree = {"kind": "pretrain", "run": {"name": value}, "data": {"shards": [{"path": "x"}]}}
+    with pytest.raises(ConfigError, match=r"'run\.name' is 'list'"):
+        parse_config(tree, "t")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -46,7 +46,8 @@ def test_the_files_that_a_page_links_to_exist(page):
 
 
 @pytest.mark.parametrize(
-    "name", ["resume.md", "distributed.md", "sweeps.md", "evaluation.md", "export.md"]
+    "name",
+    ["resume.md", "distributed.md", "sweeps.md", "evaluation.md", "export.md", "security.md"],
 )
 def test_each_guarantee_names_its_test(name):
     text = (DOCS / name).read_text()

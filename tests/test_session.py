@@ -1,8 +1,10 @@
-"""What a cluster can hold: its nodes, those that its autoscaler may add, and its neighbours."""
+"""What a cluster can hold, who gets into it, and that it knows itself beside another."""
 
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import ray
@@ -48,6 +50,60 @@ available_node_types:
     # On machines of one's own Ray writes no resources: those of the nodes that are there count.
     path.write_text(path.read_text().replace("{CPU: 0}", "{}").replace("{CPU: 8, GPU: 2}", "{}"))
     assert session.slots({"CPU": 4}) == 2
+
+
+def test_the_token_of_a_private_cluster_is_its_owners_alone(monkeypatch, tmp_path):
+    path = tmp_path / "ray" / "auth_token"
+    monkeypatch.setattr(session, "TOKEN", path)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    session._hide_token()
+    token = path.read_text()
+    assert len(bytes.fromhex(token)) == 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    session._hide_token()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == token
+
+
+STRANGER = """
+import sys, ray
+try:
+    ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
+    print("in", ray.get(ray.remote(lambda: 1).remote()))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_nobody_without_the_token_gets_into_a_private_cluster(monkeypatch):
+    """Nor another user of the machine into its folders."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with session.ray_session({"CPU": 1}, asked="this test", remedy="take a core"):
+        address = ray.get_runtime_context().gcs_address
+        folder = Path(ray._private.worker._global_node.get_session_dir_path())
+        said = {}
+        for name, token in (("none", None), ("wrong", "0" * 64), ("ours", session.TOKEN)):
+            env = dict(os.environ)
+            env |= {"RAY_AUTH_MODE": "token"} if token else {"RAY_AUTH_MODE": "disabled"}
+            env |= {"RAY_AUTH_TOKEN": token} if isinstance(token, str) else {}
+            done = subprocess.run(
+                [sys.executable, "-c", STRANGER, address],
+                capture_output=True,
+                text=True,
+                env=env,
+                timeout=120,
+            )
+            said[name] = done.stdout
+    assert said["ours"] == "in 1\n"
+    assert "in 1" not in said["none"] + said["wrong"]
+    assert session.TOKEN.expanduser().stat().st_mode & 0o077 == 0
+    above = [folder, *folder.parents]
+    ours = above[: above.index(Path(tempfile.gettempdir()))]
+    assert any(one.stat().st_mode & 0o077 == 0 for one in ours)
 
 
 OTHER = """

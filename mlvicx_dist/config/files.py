@@ -6,6 +6,7 @@ The sentence names the file, the key and the way out.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -51,6 +52,8 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key is a word", problem_mark=key.start_mark)
         if key.value in seen:
             raise ConfigError(
                 f"{key.start_mark.name}, line {key.start_mark.line + 1}: the key '{key.value}' "
@@ -65,17 +68,16 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a YAML text; `name` says in an error where it came from."""
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    # What a tag or a date cannot hold is a plain error of Python's.
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or "it is not YAML"
         raise ConfigError(f"{where}: {problem}; correct the YAML there.") from None
-    finally:
-        loader.dispose()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -190,7 +192,8 @@ def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:
     if first["type"] == "value_error":
         return f"{name}: in '{key}', {message}." if key else f"{name}: {message}."
     given = first["input"]
-    if isinstance(given, dict | list) and len(str(given)) > 60:
+    # Of a few lines that name each other the whole text could be endless.
+    if isinstance(given, dict | list) and len(reprlib.repr(given)) > 60:
         given = type(given).__name__
     expected = _expected(root, parts) or message
     return f"{name}: the key '{key}' is {given!r}, but {expected}."

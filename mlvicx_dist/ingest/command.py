@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.errors import UserError
+from mlvicx_dist.progress import plain
 
 if TYPE_CHECKING:
     from mlvicx_dist.ingest.dicom_header import Rules
@@ -37,7 +38,7 @@ def run_sharding(
     try:
         document = _pack(options, list_records)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(plain(f"{parser.prog}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
@@ -45,7 +46,7 @@ def run_sharding(
     if options.json:
         print(json.dumps(document))
     else:
-        print("\n".join(_lines(document)))
+        print(plain("\n".join(_lines(document))))
     return 0
 
 

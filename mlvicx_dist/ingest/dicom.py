@@ -104,6 +104,7 @@ def read_radiograph(file: BinaryIO, *, bits: int, rules: Rules) -> tuple[np.ndar
         if "PixelData" not in dataset:
             raise Refused("no-pixels", "the file has no PixelData")
         try:
+            decoders.check_frame(dataset)
             grey = _grey(dataset, rules, bits)
         except BROKEN as error:
             raise Refused(*_why(dataset, error)) from None

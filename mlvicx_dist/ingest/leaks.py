@@ -76,7 +76,7 @@ def hashed(manifest: Manifest) -> Iterator[Hashed]:
         path = manifest.folder / shard.name
         try:
             with reaching(path), path.open("rb") as file:
-                for row in read_index(manifest.folder, shard.name):
+                for row in read_index(manifest.folder, shard):
                     file.seek(int(row["json_offset"]))
                     known = json.loads(file.read(int(row["json_size"])))
                     yield Hashed(
@@ -86,7 +86,7 @@ def hashed(manifest: Manifest) -> Iterator[Hashed]:
                         where=str(manifest.folder),
                         patient=f"{known['source']}/{known['patient']}",
                     )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise DataError(
                 f"{path}: the shard cannot be read; run 'mlvicx verify {manifest.folder}' for the "
                 "damage and its repair."

@@ -17,6 +17,8 @@ from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
 
 Format = Literal["jpeg", "png8", "png16"]
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+"""What is read whatever a file is called: Pillow gives EPS to a program of its own, for one."""
 TOPS = [2**bits - 1 for bits in (8, 10, 12, 14, 15, 16)]
 """Largest values of the depths that radiographs come in."""
 
@@ -115,7 +117,7 @@ def read_image(
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file.seek(0)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Refused("size", f"{image.width} x {image.height} pixels are too many")
                 if getattr(image, "n_frames", 1) > 1:

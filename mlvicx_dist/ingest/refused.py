@@ -14,6 +14,8 @@ class Refused(Exception):  # noqa: N818
     def __init__(self, code: str, detail: str) -> None:
         # A garbled header may hold anything: a report is lines of plain text.
         detail = " ".join("".join(c if c.isprintable() else " " for c in detail).split())[:200]
+        if detail.startswith(("=", "+", "-", "@")):
+            detail = f"'{detail}"  # no spreadsheet takes it for a formula
         super().__init__(code, detail)
         self.code, self.detail = code, detail
 

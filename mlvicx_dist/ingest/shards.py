@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -41,6 +43,11 @@ OWNER = ("root", "root", 0, 0)
 KEY_LENGTH = 32
 INDEX_DTYPE = np.dtype([("key", f"S{KEY_LENGTH}"), *((name, "<i8") for name in NUMBERS)])
 """One row a sample; the mask's numbers are 0 where there is none."""
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
+"""Both become parts of paths, here and in a cache."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What no name holds: ends of lines, and what a terminal would obey."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 f"{path}: it was written by a newer mlvicx_dist ({tree['version']}); "
                 "install that version or a later one."
             )
+        _check(tree, path)
         return Manifest(
             folder=there,
             shards=tuple(ShardInfo(**shard) for shard in tree["shards"]),
@@ -114,10 +122,32 @@ def read_manifest(folder: str | Path) -> Manifest:
             version=tree["version"],
             digest=hashlib.sha256(data).hexdigest(),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: the manifest is damaged ({type(error).__name__}); pack the folder again."
         ) from None
+
+
+def _check(tree: dict[str, Any], path: Place) -> None:
+    """See that names and numbers of a manifest, which may come from anywhere, are such.
+
+    Raises:
+        DataError: a shard is no plain file beside it, or a name holds what is no text.
+    """
+    for shard in tree["shards"]:
+        numbers = (shard["samples"], shard["bytes"])
+        if not (SHARD_NAME.fullmatch(shard["name"]) and SHA256.fullmatch(shard["sha256"])):
+            what = f"{shard['name']!r} with the SHA-256 {shard['sha256']!r} is no shard of it"
+        elif not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
+            what = f"{shard['name']} cannot have {numbers[0]!r} samples in {numbers[1]!r} bytes"
+        else:
+            continue
+        raise DataError(f"{path}: {what}; use no shards from there, or pack the folder again.")
+    words = [tree["version"], *tree["classes"], *tree["splits"], *tree["sources"]]
+    words += [shard["split"] for shard in tree["shards"]]
+    wrong = next((word for word in words if CONTROL.search(word)), None)
+    if wrong is not None:
+        raise DataError(f"{path}: the name {wrong!r} is no text; pack the folder again.")
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -188,7 +218,7 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
 
     Raises:
         DataError: the tar is cut short, a sample has no image or no JSON, or a member is none of
-            ours: a link, a folder, a path, of another owner, there twice.
+            ours: a link, a folder, a path, sparse, of another owner, there twice.
     """
     rows: dict[str, dict[str, int]] = {}
     try:
@@ -197,7 +227,8 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
                 key, _, suffix = member.name.partition(".")
                 kind = {"json": "json", "mask.png": "mask"}.get(suffix, "image")
                 owned = (member.uname, member.gname, member.uid, member.gid) == OWNER
-                plain = owned and member.isreg() and "/" not in member.name
+                # Of a sparse file the size is not that of its bytes here.
+                plain = owned and member.type == tarfile.REGTYPE and "/" not in member.name
                 if (
                     not plain
                     or len(key) > KEY_LENGTH
@@ -208,7 +239,15 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
                 if f"{kind}_size" in row:
                     raise DataError(f"{name}: the member {member.name} stands twice")
                 row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise DataError(f"{name}: the tar cannot be read ({error})") from None
     index = np.zeros(len(rows), INDEX_DTYPE)
     for number, (key, row) in enumerate(rows.items()):
@@ -218,22 +257,38 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
     return index
 
 
-def read_index(folder: str | Path, shard_name: str) -> np.ndarray:
+def read_index(folder: str | Path, info: ShardInfo) -> np.ndarray:
     """The index of a shard, `INDEX_DTYPE` [samples].
 
     Raises:
         DataError: it is missing or damaged.
     """
-    path = index_path(place(folder) / shard_name)
+    path = index_path(place(folder) / info.name)
     try:
-        index: np.ndarray = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        damaged = index.dtype != INDEX_DTYPE
-    except (OSError, ValueError, EOFError):
-        damaged = True
-    if damaged:
+        index = parse_index(path.read_bytes(), info)
+    except OSError:
+        index = None
+    if index is None:
         raise DataError(
             f"{path}: the index is missing or damaged; run 'mlvicx verify {folder}' for its repair."
         )
+    return index
+
+
+def parse_index(data: bytes, info: ShardInfo) -> np.ndarray | None:
+    """An index, if its rows are those of the shard and lie in it."""
+    try:
+        # Not `np.load`, which takes other formats too.
+        index: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, TokenError):
+        return None
+    if index.dtype != INDEX_DTYPE or index.shape != (info.samples,):
+        return None
+    for kind in ("image", "json", "mask"):
+        offsets, sizes = index[f"{kind}_offset"], index[f"{kind}_size"]
+        inside = (offsets >= 0) & (sizes >= 0) & (sizes <= info.bytes)
+        if not (inside & (offsets <= info.bytes - sizes)).all():
+            return None
     return index
 
 

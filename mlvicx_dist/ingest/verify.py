@@ -213,7 +213,7 @@ def _look(task: _Task) -> _Seen:
             seen.problems.append(str(error))
             return seen
         try:
-            if not np.array_equal(read_index(folder, info.name), index):
+            if not np.array_equal(read_index(folder, info), index):
                 seen.problems.append(f"{path}: its index does not match it")
         except DataError:
             seen.problems.append(f"{path}: its index is missing or damaged")
@@ -256,7 +256,7 @@ def _look_at_sample(seen: _Seen, manifest: Manifest, path: str, row: np.void, fi
         known = json.loads(member("json"), object_pairs_hook=_once)
         for what in not_allowed(known, seen.info.split, manifest):
             problem(f"{what} may not be in a shard")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problem("its JSON is damaged")
 
 

@@ -5,7 +5,6 @@ A byte is downloaded once a node, while it fits; a shard is kept under its SHA-2
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 from mlvicx_dist import storage
 from mlvicx_dist.config import PretrainData
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.shards import INDEX_DTYPE, ShardInfo, index_path
+from mlvicx_dist.ingest.shards import ShardInfo, index_path, parse_index
 from mlvicx_dist.storage import Place, place, read_bytes, read_range, told, write_whole
 from mlvicx_dist.stream import room as rooms
 from mlvicx_dist.stream.part import INDEX, Part, slot
@@ -137,7 +136,7 @@ class RemoteShard:
                         f"{remote}: it could not be read for {patience_s:.0f} s ({told(error)}); "
                         "check the store and the network, then run the same command again."
                     ) from None
-                index = _parsed(data, self.info)
+                index = parse_index(data, self.info)
                 if index is not None:
                     _keep(path, data)
         if index is None:
@@ -150,7 +149,7 @@ class RemoteShard:
 
 def _kept(path: Path, info: ShardInfo) -> np.ndarray | None:
     try:
-        return _parsed(path.read_bytes(), info)
+        return parse_index(path.read_bytes(), info)
     except OSError:
         return None
 
@@ -161,22 +160,6 @@ def _keep(path: Path, data: bytes) -> None:
     except OSError:
         # A disk that is full holds no shards either, and that is said there.
         path.unlink(missing_ok=True)
-
-
-def _parsed(data: bytes, info: ShardInfo) -> np.ndarray | None:
-    """An index, if its rows are those of the shard and lie in it."""
-    try:
-        index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, SyntaxError):
-        return None
-    if index.dtype != INDEX_DTYPE or index.shape != (info.samples,):
-        return None
-    for kind in ("image", "json", "mask"):
-        offsets, sizes = index[f"{kind}_offset"], index[f"{kind}_size"]
-        inside = (offsets >= 0) & (sizes >= 0) & (sizes <= info.bytes)
-        if not (inside & (offsets <= info.bytes - sizes)).all():
-            return None
-    return index
 
 
 _parts: dict[tuple[Path, str], Part] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.shards import Manifest, decode_image, read_index, read_manifest
+from mlvicx_dist.ingest.shards import Manifest, ShardInfo, decode_image, read_index, read_manifest
 from mlvicx_dist.storage import is_local
 from mlvicx_dist.stream.cache import Cache, RemoteShard
 from mlvicx_dist.stream.part import kept_bytes
@@ -32,12 +32,14 @@ class ShardSet:
     Attributes:
         manifests: One a folder.
         shards: The tar or the remote shard, in the order of the global index.
+        infos: What the manifests say of each shard.
         sizes: Samples of each shard.
         weights: The weight of each shard, which is its folder's.
     """
 
     manifests: tuple[Manifest, ...]
     shards: tuple[Path | RemoteShard, ...]
+    infos: tuple[ShardInfo, ...]
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     starts: np.ndarray = field(repr=False, compare=False)
@@ -71,7 +73,7 @@ class ShardSet:
         ]
         cache = replace(cache or Cache(), wanted_bytes=sum(wanted))
         shards: list[Path | RemoteShard] = []
-        sizes, shard_weights = [], []
+        infos, shard_weights = [], []
         for manifest, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
             chosen = [s for s in manifest.shards if s.split in splits and s.samples]
             if not chosen:
@@ -85,10 +87,11 @@ class ShardSet:
                     shards.append(manifest.folder / info.name)
                 else:
                     shards.append(RemoteShard(str(manifest.folder), info, cache))
-                sizes.append(info.samples)
+                infos.append(info)
                 shard_weights.append(weight)
+        sizes = tuple(info.samples for info in infos)
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        return cls(manifests, tuple(shards), tuple(sizes), tuple(shard_weights), starts)
+        return cls(manifests, tuple(shards), tuple(infos), sizes, tuple(shard_weights), starts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -109,7 +112,8 @@ class ShardSet:
 
     def masked(self) -> np.ndarray:
         """The samples that have a mask, an empty one or not, ascending, int64."""
-        return np.flatnonzero(np.concatenate([_index(one)["mask_size"] > 0 for one in self.shards]))
+        indices = map(_index, self.shards, self.infos)
+        return np.flatnonzero(np.concatenate([index["mask_size"] > 0 for index in indices]))
 
     def json(self, sample: int) -> bytes:
         """The JSON member of a sample."""
@@ -122,7 +126,7 @@ class ShardSet:
     def _row(self, sample: int) -> tuple[Path | RemoteShard, np.void]:
         number = int(np.searchsorted(self.starts, sample, side="right")) - 1
         shard = self.shards[number]
-        return shard, _index(shard)[sample - int(self.starts[number])]
+        return shard, _index(shard, self.infos[number])[sample - int(self.starts[number])]
 
 
 def _decoded(shard: Path | RemoteShard, row: np.void, kind: str) -> np.ndarray:
@@ -157,10 +161,10 @@ def _folder(shard: Path | RemoteShard) -> Path | str:
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _index(shard: Path | RemoteShard) -> np.ndarray:
+def _index(shard: Path | RemoteShard, info: ShardInfo) -> np.ndarray:
     if isinstance(shard, RemoteShard):
         return shard.index()
-    return read_index(shard.parent, shard.name)
+    return read_index(shard.parent, info)
 
 
 class _Descriptor:

@@ -22,6 +22,7 @@ from mlvicx_dist.ingest.masks import RunLengths, encode_runs
 from mlvicx_dist.ingest.pack import pack, plan
 from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
+from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.shards import (
     build_index,
@@ -57,7 +58,7 @@ def test_plain_webdataset_reads_every_sample(phantom_shards):
 
 def test_the_index_points_at_the_members(phantom_shards):
     shard = read_manifest(phantom_shards).shards[0]
-    index = read_index(phantom_shards, shard.name)
+    index = read_index(phantom_shards, shard)
     with (phantom_shards / shard.name).open("rb") as file:
         assert np.array_equal(index, build_index(file, shard.name))
     data = (phantom_shards / shard.name).read_bytes()
@@ -136,6 +137,12 @@ def test_a_bad_image_is_skipped_counted_and_listed(damaged, salt, tmp_path):
     assert "3.png" in listed.read_text()
     assert "4.png" in listed.read_text()
     assert listed.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_report_holds_no_formula():
+    for detail in ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1"):
+        assert Refused("unreadable", detail).detail.startswith("'")
+    assert Refused("unreadable", "a=1").detail == "a=1"
 
 
 def test_too_many_bad_images_write_no_manifest(damaged, salt, tmp_path):
