@@ -141,6 +141,8 @@ def test_nothing_is_wider_than_the_screen(page, window):
     show(page, window, dark=True)
     assert page.value("document.scrollingElement.scrollWidth - innerWidth") <= 0
     assert page.value(POOR_CHARTS) == []
+    lines = "[...document.querySelectorAll('tbody th')].map(one => one.clientHeight"
+    assert page.value(f"Math.max(...{lines} / parseFloat(getComputedStyle(one).fontSize)))") < 8
     if window is PROJECTOR:
         small = "[...document.querySelectorAll('td, p, text')].filter(one => one.textContent.trim()"
         sizes = f"{small}).map(one => parseFloat(getComputedStyle(one).fontSize))"
