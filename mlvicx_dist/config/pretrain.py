@@ -262,6 +262,31 @@ class Checkpoints(Settings):
     """Every so many checkpoints the encoder is exported too; always at the end."""
 
 
+class Track(Settings):
+    """Where rank 0 sends the rows of metrics.jsonl besides; None: nowhere."""
+
+    mlflow: str | None = None
+    """The URI of a tracking server or database: https://…, sqlite:////folder/mlflow.db."""
+    wandb: Name | None = None
+    """A project of Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _address(self) -> Track:
+        if self.mlflow is None:
+            return self
+        if not re.match(r"https?://.|(postgresql|mysql|mssql)\S*://.|sqlite:////.", self.mlflow):
+            raise ValueError(
+                f"mlflow is '{self.mlflow}', but must be the URI of a tracking server or database, "
+                "such as https://mlflow.example.org or sqlite:////folder/mlflow.db"
+            )
+        if "@" in self.mlflow:
+            raise ValueError(
+                "mlflow has a user in its URI, which would stand in the run's folder; give "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return self
+
+
 class Run(Settings):
     """Where a run lives: `storage_path/name/`."""
 
@@ -271,6 +296,7 @@ class Run(Settings):
     """A folder that all workers see, or a URL (s3://, gs://)."""
     samples_path: str | None = None
     """A folder into which every rank writes which samples it trained on at each step."""
+    track: Track = Track()
 
 
 class PretrainConfig(Settings):

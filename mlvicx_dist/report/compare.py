@@ -14,7 +14,7 @@ from mlvicx_dist.evaluate.methods import Method, methods_of
 from mlvicx_dist.evaluate.task import read_images, read_scores
 from mlvicx_dist.report import compare_charts
 from mlvicx_dist.report.charts import Chart
-from mlvicx_dist.report.contact import as_data_uri
+from mlvicx_dist.report.contact import for_page
 from mlvicx_dist.report.context_maps import context_maps
 from mlvicx_dist.storage import Place
 from mlvicx_dist.train.checkpoint import load_encoder
@@ -77,10 +77,10 @@ def _planes(folder: Place, task: Task, methods: list[Method], config: CompareCon
     return charts
 
 
-def _context(folder: Place, methods: list[Method], config: CompareConfig) -> dict[str, str]:
-    """By run, its context maps as a data URI; only of what has context, is trained and is there."""
+def _context(folder: Place, methods: list[Method], config: CompareConfig) -> list[dict[str, str]]:
+    """The context maps of each run that has context, is trained and is there."""
     task = config.tasks[0]
-    found: dict[str, str] = {}
+    found = []
     for method in methods:
         if method.floor or not method.settings.model.context:
             continue
@@ -91,5 +91,8 @@ def _context(folder: Place, methods: list[Method], config: CompareConfig) -> dic
         except UserError:
             continue
         if picture:
-            found[run] = as_data_uri(picture)
+            words = (
+                f"Test images, a row each, and the spatial gate of each level of {run} over them"
+            )
+            found.append(for_page(picture, caption=run, alt=words))
     return found

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from mlvicx_dist.evaluate.task import Images, Scores
-from mlvicx_dist.report.charts import PALETTE, Chart, chart, differences
+from mlvicx_dist.report.charts import (
+    PALETTE,
+    SYMBOLS,
+    Chart,
+    chart,
+    differences,
+    roc,
+    stroke,
+    whiskers,
+)
 
 MOST_POINTS = 1500
 """Images that a map of embeddings shows."""
@@ -17,11 +26,11 @@ MOST_POINTS = 1500
 def of_task(task: Mapping[str, Any], reference: str) -> list[Chart]:
     """Differences to the reference, label efficiency and ROC curves of a task."""
     charts = []
-    axis = f"AUROC, minus {reference}"
+    axis = "difference in AUROC"
     apart = task["difference"]["auroc"]
     if apart:
         of_mean = {name: cells["mean"] for name, cells in apart.items()}
-        charts.append(differences("Differences, mean AUROC", of_mean, axis))
+        charts.append(differences(f"Mean AUROC, minus {reference}", of_mean, axis))
     charts.append(_roc(task))
     if any("methods" in share for share in task["few_labels"]):
         charts.append(_few(task["few_labels"]))
@@ -32,7 +41,7 @@ def of_task(task: Mapping[str, Any], reference: str) -> list[Chart]:
         if name in one.get("difference", {})
     }
     if of_groups:
-        charts.append(differences("Differences in subgroups, mean AUROC", of_groups, axis))
+        charts.append(differences(f"Mean AUROC in subgroups, minus {reference}", of_groups, axis))
     return charts
 
 
@@ -47,48 +56,34 @@ def _few(shares: list[Mapping[str, Any]]) -> Chart:
                 # Beside each other, so that no interval hides another.
                 "x": [100 * share["fraction"] * 1.03**place for share in judged],
                 "y": [cell["value"] for cell in cells],
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [cell["high"] - cell["value"] for cell in cells],
-                    "arrayminus": [cell["value"] - cell["low"] for cell in cells],
-                    "thickness": 1,
-                    "width": 0,
-                },
+                "error_y": {**whiskers(cells), "thickness": 1},
                 "name": name,
                 "mode": "lines+markers",
-                "line": {"color": PALETTE[place % len(PALETTE)], "width": 2},
-                "hovertemplate": "%{y:.3f}",
+                "line": stroke(place),
+                "marker": {"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
+                "hovertemplate": "%{y:.3f} at %{x:.3g} %",
             }
         )
     layout = {
-        "xaxis": {"title": {"text": "% of the training patients"}, "type": "log"},
+        "xaxis": {
+            "title": {"text": "% of the training patients"},
+            "type": "log",
+            "tickvals": [100 * share["fraction"] for share in judged],
+            "ticktext": [f"{100 * share['fraction']:g}" for share in judged],
+        },
         "yaxis": {"title": {"text": "mean AUROC"}},
-        "height": 420,
+        "height": 340,
         "showlegend": True,
     }
     return chart("Label efficiency", traces, layout)
 
 
 def _roc(task: Mapping[str, Any]) -> Chart:
-    traces = [
-        {
-            "x": curve["false"],
-            "y": curve["true"],
-            "name": f"{name} {task['auroc'][name]['mean']['value']:.3f}",
-            "mode": "lines",
-            "line": {"color": PALETTE[place % len(PALETTE)], "width": 2},
-            "hovertemplate": "%{y:.2f} at %{x:.2f}",
-        }
+    curves = [
+        (curve, stroke(place), {"name": f"{name} {task['auroc'][name]['mean']['value']:.3f}"})
         for place, (name, curve) in enumerate(task["roc"].items())
     ]
-    layout = {
-        "xaxis": {"title": {"text": "false positive rate"}, "range": [0, 1]},
-        "yaxis": {"title": {"text": "true positive rate"}, "range": [0, 1.01]},
-        "height": 420,
-        "showlegend": True,
-    }
-    return chart("ROC, mean over classes and seeds", traces, layout)
+    return roc("ROC, mean over classes and seeds", curves)
 
 
 def of_plane(name: str, scores: Scores, images: Images) -> Chart:
@@ -103,15 +98,24 @@ def of_plane(name: str, scores: Scores, images: Images) -> Chart:
             "y": [round(float(y), 3) for y in points[chosen, 1]],
             "name": words,
             "mode": "markers",
-            "marker": {"color": color, "size": 5, "opacity": 0.6},
-            "hoverinfo": "skip",
+            "marker": {"color": color, "symbol": symbol, "size": 6, "opacity": 0.75},
+            "hovertemplate": "%{x:.2f}, %{y:.2f}",
         }
-        for words, value, color in ((f"no {label}", 0, PALETTE[0]), (label, 1, PALETTE[1]))
+        for words, value, color, symbol in (
+            (f"no {label}", 0, PALETTE[0], "circle"),
+            (label, 1, PALETTE[1], "x"),
+        )
         if (chosen := values == value).any()
     ]
     layout = {
-        "xaxis": {"showticklabels": False, "zeroline": False},
-        "yaxis": {"showticklabels": False, "zeroline": False},
+        "xaxis": {"title": {"text": "first principal component"}, "zeroline": False},
+        "yaxis": {
+            "title": {"text": "second principal component"},
+            "zeroline": False,
+            # A distance is one whichever way it lies.
+            "scaleanchor": "x",
+        },
+        "height": 340,
         "showlegend": True,
     }
     return chart(name, traces, layout)

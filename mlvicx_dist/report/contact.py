@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +40,45 @@ def contact_sheet(
     Returns:
         An RGB picture, two images a row.
     """
-    splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
-    shards = ShardSet.open(folders, splits=splits)
-    chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
-    columns = min(2, len(chosen))
-    rows = -(-len(chosen) // columns)
+    shown = list(contacts(folders, views, count=count, seed=seed))
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
     width, height = 3 * CELL_PX + 3 * GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
     sheet = Image.new("RGB", (columns * (width + GAP_PX), rows * height + GAP_PX), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for place, sample in enumerate(chosen.tolist()):
+    for place, (strip, caption) in enumerate(shown):
         left = GAP_PX + place % columns * (width + GAP_PX)
         top = GAP_PX + place // columns * height
+        sheet.paste(strip, (left, top))
+        draw.text((left, top + CELL_PX + 2), caption, fill=TEXT)
+    return sheet
+
+
+def contacts(
+    folders: Sequence[str | Path], views: Views, *, count: int, seed: int = 0
+) -> Iterator[tuple[Image.Image, str]]:
+    """The same one by one: an image beside its two views, RGB, and what is known of it."""
+    splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
+    shards = ShardSet.open(folders, splits=splits)
+    chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
+    for sample in chosen.tolist():
         image, known = as_bytes(shards.image(sample)), json.loads(shards.json(sample))
+        strip = Image.new("RGB", (3 * CELL_PX + 2 * GAP_PX, CELL_PX), BACKGROUND)
         cells = [squared(image, CELL_PX), *_views(image, views, seed, sample)]
         for number, cell in enumerate(cells):
             picture = Image.fromarray(cell).resize((CELL_PX, CELL_PX), Image.Resampling.BICUBIC)
             if number == 0:
                 picture = _marked(picture, image, shards.mask(sample), known["boxes"])
-            sheet.paste(picture, (left + number * (CELL_PX + GAP_PX), top))
-        draw.text((left, top + CELL_PX + 2), _caption(known), fill=TEXT)
-    return sheet
+            strip.paste(picture, (number * (CELL_PX + GAP_PX), 0))
+        yield strip, _caption(known)
 
 
-def as_data_uri(picture: Image.Image) -> str:
-    """A picture as what a page can hold in itself."""
+def for_page(picture: Image.Image, *, caption: str, alt: str) -> dict[str, str]:
+    """A picture as a page holds it in itself; `alt` is for those who do not see it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": uri, "caption": caption, "alt": alt}
 
 
 def _marked(

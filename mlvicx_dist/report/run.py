@@ -13,7 +13,7 @@ from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.evaluate.tables import remarks, tables
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
-from mlvicx_dist.report.contact import as_data_uri, contact_sheet
+from mlvicx_dist.report.contact import contacts, for_page
 from mlvicx_dist.storage import Place, read_bytes
 from mlvicx_dist.train.runlog import read_rows, trained_s
 
@@ -117,11 +117,13 @@ def _leaves(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _contact(config: PretrainConfig) -> str:
-    """The contact sheet as a data URI, or nothing where the shards are no longer there."""
+def _contact(config: PretrainConfig) -> list[dict[str, str]]:
+    """Images beside their views, or nothing where the shards are no longer there."""
     try:
         folders = [folder.path for folder in config.data.shards]
-        sheet = contact_sheet(folders, config.views, count=CONTACT_IMAGES)
+        return [
+            for_page(strip, caption=caption, alt=f"A stored image and its two views: {caption}")
+            for strip, caption in contacts(folders, config.views, count=CONTACT_IMAGES)
+        ]
     except UserError:
-        return ""
-    return as_data_uri(sheet)
+        return []

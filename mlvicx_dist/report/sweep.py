@@ -32,21 +32,24 @@ def of_sweep(folder: Place) -> dict[str, Any]:
     records = Records.read(folder / "trials").all()
     step = common_step(records)
     leader = best(records)
+    keys = list(space.dimensions)
+    confirmed = _comparison(folder / "confirm.json")
     return {
         "folder": folder,
         "config": config,
         "records": sorted(records, key=lambda r: (-r.reached, -(r.target or 0.0))),
-        "keys": list(space.dimensions),
+        "keys": keys,
+        "columns": ["trial", "state", "step", "target", *(short(key, keys) for key in keys)],
         "counts": Counter(record.state for record in records),
         "best": leader,
         "best_yaml": _text(folder / "best.yaml") if leader else "",
-        "confirmed": _comparison(folder / "confirm.json"),
+        "confirmed": confirmed,
+        "confirmed_heads": ["configuration", *_seeds(confirmed), "mean"],
         "target": TARGETS[config.target.kind],
         "step": step,
         "time": duration(max((record.until_s for record in records), default=0.0)),
         "looks": looks_share(records),
         "worded": worded,
-        "short": short,
         "charts": sweep_charts.of_records(records, space, step, leader) if step else [],
         "settings": _text(folder / SETTINGS),
     }
@@ -85,6 +88,10 @@ def _comparison(path: Place) -> Any:
         raise DataError(
             f"{path}: the comparison is damaged; remove the file and run the sweep's command again."
         ) from None
+
+
+def _seeds(confirmed: Any) -> list[str]:
+    return [f"seed {seed}" for seed in confirmed["seeds"]] if confirmed else []
 
 
 def _text(path: Place) -> str:

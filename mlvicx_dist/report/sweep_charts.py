@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import optuna
 
-from mlvicx_dist.report.charts import PALETTE, Chart, chart
+from mlvicx_dist.report.charts import GREY, PALETTE, Chart, chart, log_axis
 from mlvicx_dist.tune.records import Record
 from mlvicx_dist.tune.space import Space, coded, new_study, short, worded
 
-COLOURS = {
-    "finished": PALETTE[0],
-    "pruned": PALETTE[7],
-    "diverged": PALETTE[1],
-    "failed": PALETTE[3],
-    "running": PALETTE[4],
+STATES = {
+    "finished": (PALETTE[0], "circle", ""),
+    "pruned": (GREY, "x", "/"),
+    "diverged": (PALETTE[1], "triangle-up", "x"),
+    "failed": (PALETTE[3], "square", "-"),
+    "running": (PALETTE[4], "diamond", "."),
 }
+"""By how a trial stands: its colour, its marker and the pattern of its bar."""
 THIRDS = 3
 LEAST_FOR_IMPORTANCE = 8
+MOST_TICKS = 12
 
 
 def of_records(
@@ -40,24 +42,29 @@ def of_records(
 
 def _curves(records: Sequence[Record], leader: Record | None) -> Chart:
     traces = []
+    first = {record.state: record for record in reversed(records)}
     for record in records:
         ahead = record is leader
+        colour, symbol, _ = STATES[record.state]
         traces.append(
             {
                 "x": [look.step for look in record.looks],
                 "y": [look.target for look in record.looks],
-                "name": f"trial {record.name}, {record.state}",
+                "name": record.state,
+                "meta": f"trial {record.name}, {record.state}",
                 "mode": "lines+markers",
                 "opacity": 1.0 if ahead else 0.55,
-                "line": {"color": COLOURS[record.state], "width": 3.5 if ahead else 1.5},
-                "marker": {"size": 5},
-                "hovertemplate": "%{y:.4f} at step %{x}",
+                "line": {"color": colour, "width": 3.5 if ahead else 1.5},
+                "marker": {"size": 6, "symbol": symbol},
+                "legendgroup": record.state,
+                "showlegend": record is first[record.state],
+                "hovertemplate": f"trial {record.name}: %{{y:.4f}} at step %{{x}}",
             }
         )
     layout = {
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"title": {"text": "target"}},
-        "showlegend": False,
+        "showlegend": True,
         "height": 340,
     }
     return chart("Target of every trial; the best one is bold", traces, layout)
@@ -66,7 +73,7 @@ def _curves(records: Sequence[Record], leader: Record | None) -> Chart:
 def _timeline(records: Sequence[Record]) -> Chart:
     """Who ran when, and where a rung stopped it."""
     traces = []
-    for state, colour in COLOURS.items():
+    for state, (colour, _, pattern) in STATES.items():
         chosen = [record for record in records if record.state == state]
         if chosen:
             traces.append(
@@ -78,13 +85,18 @@ def _timeline(records: Sequence[Record]) -> Chart:
                     "base": [record.began_s / 60 for record in chosen],
                     "x": [(record.until_s - record.began_s) / 60 for record in chosen],
                     "width": 0.8,
-                    "marker": {"color": colour},
+                    "marker": {"color": colour, "pattern": {"shape": pattern, "size": 5}},
                     "hovertemplate": "trial %{y}: %{x:.1f} min<extra></extra>",
                 }
             )
     layout = {
-        "xaxis": {"title": {"text": "minutes of sweeping"}},
-        "yaxis": {"title": {"text": "trial"}, "autorange": "reversed", "dtick": 4},
+        "xaxis": {"title": {"text": "minutes of sweeping"}, "zeroline": False},
+        "yaxis": {
+            "title": {"text": "trial"},
+            "range": [max(record.number for record in records) + 0.5, -0.5],
+            "dtick": -(-len(records) // MOST_TICKS),
+            "zeroline": False,
+        },
         "barmode": "overlay",
         "showlegend": True,
         "height": 340,
@@ -114,8 +126,8 @@ def _parallel(records: Sequence[Record], space: Space, step: int) -> Chart:
                 "text": shown,
                 "name": f"trial {record.name}",
                 "mode": "lines+markers",
-                "opacity": 0.35 + 0.65 * share,
-                "line": {"color": _colour(share), "width": 1.2 + 1.8 * share, "shape": "spline"},
+                "opacity": 0.25 + 0.75 * share,
+                "line": {"color": PALETTE[0], "width": 1 + 2.5 * share, "shape": "spline"},
                 "marker": {"size": 5},
                 "hovertemplate": "%{x}: %{text}",
             }
@@ -130,14 +142,20 @@ def _parallel(records: Sequence[Record], space: Space, step: int) -> Chart:
         )
     ]
     layout = {
-        "annotations": [{**note, "showarrow": False, "font": {"size": 11}} for note in notes],
-        "xaxis": {"title": {"text": ""}, "type": "category"},
-        "yaxis": {"title": {"text": ""}, "showticklabels": False, "range": [-0.22, 1.14]},
+        "annotations": [{**note, "showarrow": False} for note in notes],
+        "xaxis": {"title": {"text": "setting"}, "type": "category"},
+        "yaxis": {
+            "title": {"text": "from its least to its most"},
+            "showticklabels": False,
+            "showgrid": False,
+            "zeroline": False,
+            "range": [-0.22, 1.14],
+        },
         "showlegend": False,
         "height": 400,
     }
     return chart(
-        "Every trial as a line; from violet to yellow, the better its target",
+        "Every trial as a line; the better its target, the stronger",
         traces,
         layout,
         wide=True,
@@ -157,15 +175,6 @@ def _height(space: Space, key: str, point: Mapping[str, Any]) -> float:
     if dimension.log_uniform is not None:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return (value - low) / (high - low)
-
-
-def _colour(share: float) -> str:
-    """From dark violet over red to yellow, by a number from 0 to 1."""
-    stops = ((94, 60, 153), (214, 84, 80), (240, 190, 60))
-    place = share * (len(stops) - 1)
-    k = min(int(place), len(stops) - 2)
-    mixed = [a + (place - k) * (b - a) for a, b in zip(stops[k], stops[k + 1], strict=True)]
-    return "rgb({:.0f},{:.0f},{:.0f})".format(*mixed)
 
 
 def _importance(records: Sequence[Record], space: Space, step: int) -> list[Chart]:
@@ -198,7 +207,7 @@ def _importance(records: Sequence[Record], space: Space, step: int) -> list[Char
     }
     layout = {
         "xaxis": {"title": {"text": "share (PED-ANOVA)"}, "rangemode": "tozero"},
-        "yaxis": {"automargin": True, "showgrid": False},
+        "yaxis": {"title": {"text": ""}, "showgrid": False},
         "showlegend": False,
         "height": 340,
     }
@@ -228,10 +237,10 @@ def _against(records: Sequence[Record], space: Space, key: str, step: int) -> Ch
             "y": [r.at(step) for r in having if r.state == state],
             "name": state,
             "mode": "markers",
-            "marker": {"color": colour, "size": 8},
+            "marker": {"color": colour, "symbol": symbol, "size": 8},
             "hovertemplate": "%{y:.4f} at %{x}",
         }
-        for state, colour in COLOURS.items()
+        for state, (colour, symbol, _) in STATES.items()
         if any(r.state == state for r in having)
     ]
     targets = [np.array([r.at(step) for r in group], dtype=float) for group in groups]
@@ -250,14 +259,14 @@ def _against(records: Sequence[Record], space: Space, key: str, step: int) -> Ch
             "hovertemplate": "mean %{y:.4f}",
         }
     )
-    kind = "log" if dimension.log_uniform else "category" if dimension.choice else "linear"
-    order = [worded(value) for value in dimension.choice or ()]
+    axis: dict[str, Any] = {"type": "linear"}
+    if dimension.choice is not None:
+        order = [worded(value) for value in dimension.choice]
+        axis = {"type": "category", "categoryorder": "array", "categoryarray": order}
+    elif dimension.log_uniform is not None:
+        axis = log_axis(*dimension.log_uniform)
     layout = {
-        "xaxis": {
-            "title": {"text": short(key, space.dimensions)},
-            "type": kind,
-            **({"categoryorder": "array", "categoryarray": order} if order else {}),
-        },
+        "xaxis": {"title": {"text": short(key, space.dimensions)}, **axis},
         "yaxis": {"title": {"text": f"target at step {step}"}},
         "showlegend": True,
     }

@@ -31,6 +31,7 @@ from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import MakeJudge, Row, drive
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
 from mlvicx_dist.train.owner import only_driver, take_over
+from mlvicx_dist.train.track import check_trackers
 from mlvicx_dist.train.versions import library_versions, machine
 
 
@@ -83,6 +84,7 @@ def pretrain(
         steps_per_epoch(shards.sizes, config.train.batch_size, shards.weights)
     )
     check_workers(config)
+    check_trackers(config)
     check_model(config)
     if not on_cluster():
         least = config.workers.min or config.workers.num

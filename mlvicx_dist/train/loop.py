@@ -36,6 +36,7 @@ from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
 from mlvicx_dist.train.source import data_of, open_shards, steps_of, stream_of
 from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step, wrap
+from mlvicx_dist.train.track import tracking
 from mlvicx_dist.train.versions import bf16_in_software
 
 Row = dict[str, Any]
@@ -101,9 +102,10 @@ def train(
     heard, saved = Notice.NONE, True
     with ExitStack() as stack:
         log_samples = _sample_log(config, member)
-        run_log = saver = None
+        run_log = saver = track = None
         if member.rank == 0:
             run_log = stack.enter_context(RunLog(run_dir, step=start, patience_s=PATIENCE_S))
+            track = stack.enter_context(tracking(config, run_dir, total=total, say=said.append))
             saver = stack.enter_context(
                 Saver(
                     config,
@@ -137,6 +139,8 @@ def train(
                         row |= judge(model)
                 if run_log:
                     _write_row(run_log, row, fence if is_local(run_dir) else None, said.append)
+                if track:
+                    track(row)
                 newest = str(saver.newest) if saver and saver.newest else None
                 report({**row, "steps": total, "checkpoint": newest, "said": take(said)})
             if saver and done < total:

@@ -251,7 +251,7 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
         "Epoch taken of those run: pretrained 2 of 3.",
         "Left out: 3 test images without any mask",
         "0.125 of the centre",
-        "<td>with a mask</td><td>4</td>",
+        '<th scope="row">with a mask</th><td>4</td>',
     ):
         assert words in page
     once = (
