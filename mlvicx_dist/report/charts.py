@@ -21,9 +21,9 @@ def of_run(rows: Sequence[Row], heads: Sequence[str]) -> list[Chart]:
         keys = {term: f"{head}/{term}_weighted" for term in TERMS}
         if keys["variance"] in rows[-1]:
             charts.append(_lines(f"Weighted terms, {head}", "weighted term", rows, keys))
-    stds = {head: f"{head}/std" for head in heads}
+    if stds := {head: f"{head}/std" for head in heads}:
+        charts.append(_lines("Standard deviation of the embeddings", "std", rows, stds))
     charts += [
-        _lines("Standard deviation of the embeddings", "std", rows, stds),
         _lines(
             "Effective rank of the encoder's output (RankMe)",
             "rank",

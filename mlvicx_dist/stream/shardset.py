@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.shards import Manifest, decode_image, read_index, read_manifest
+from mlvicx_dist.ingest.shards import (
+    Manifest,
+    ShardInfo,
+    decode_image,
+    read_index,
+    read_manifest,
+)
 from mlvicx_dist.storage import is_local
 from mlvicx_dist.stream.cache import Cache, RemoteShard
 from mlvicx_dist.stream.part import kept_bytes
@@ -32,12 +38,14 @@ class ShardSet:
     Attributes:
         manifests: One a folder.
         shards: The tar or the remote shard, in the order of the global index.
+        infos: What the manifest says of each.
         sizes: Samples of each shard.
         weights: The weight of each shard, which is its folder's.
     """
 
     manifests: tuple[Manifest, ...]
     shards: tuple[Path | RemoteShard, ...]
+    infos: tuple[ShardInfo, ...]
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     starts: np.ndarray = field(repr=False, compare=False)
@@ -71,7 +79,7 @@ class ShardSet:
         ]
         cache = replace(cache or Cache(), wanted_bytes=sum(wanted))
         shards: list[Path | RemoteShard] = []
-        sizes, shard_weights = [], []
+        infos, sizes, shard_weights = [], [], []
         for manifest, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
             chosen = [s for s in manifest.shards if s.split in splits and s.samples]
             if not chosen:
@@ -85,13 +93,21 @@ class ShardSet:
                     shards.append(manifest.folder / info.name)
                 else:
                     shards.append(RemoteShard(str(manifest.folder), info, cache))
+                infos.append(info)
                 sizes.append(info.samples)
                 shard_weights.append(weight)
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        return cls(manifests, tuple(shards), tuple(sizes), tuple(shard_weights), starts)
+        return cls(
+            manifests, tuple(shards), tuple(infos), tuple(sizes), tuple(shard_weights), starts
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all folders by name, each once, in the order of the folders."""
+        return tuple(dict.fromkeys(name for m in self.manifests for name in m.classes))
 
     def digests(self) -> list[str]:
         """The digest of each manifest, in the order of the folders."""
