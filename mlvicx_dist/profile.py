@@ -28,7 +28,7 @@ from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.train.drive import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
-from mlvicx_dist.train.source import open_shards, steps_of, stream_of
+from mlvicx_dist.train.source import open_shards, steps_of, stream_of, with_classes
 from mlvicx_dist.train.step import TwoViews, make_model, train_step, wrap
 from mlvicx_dist.train.worker import join, settings_of
 
@@ -108,7 +108,7 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
         raise _unwritten(out, f"there is no folder {out.parent}")
     check_workers(config)
     check_model(config)
-    open_shards(config)
+    config = with_classes(config, open_shards(config))
     elsewhere = on_cluster()
     with cluster(config.workers), scratch("profile") as folder:
         channel = Path(folder) / "rows.jsonl"

@@ -44,6 +44,11 @@ def on_cluster() -> bool:
     return bool(ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
 
 
+def connected() -> bool:
+    """Whether RAY_ADDRESS names a cluster, as it does in a job; a private one is none."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def scratch(kind: str) -> tempfile.TemporaryDirectory[str]:
     """A folder that ends with a block; of a process that is killed it stays among Ray's logs."""
     import ray
@@ -323,6 +328,7 @@ def in_parallel(
     *,
     workers: int | None,
     cpus: float = 1,
+    gpus: float = 0,
     remedy: str = "give fewer with --workers",
 ) -> Iterator[tuple[T, R]]:
     """Call a function on each task, as Ray tasks; (task, result) as they come.
@@ -333,13 +339,14 @@ def in_parallel(
         workers: How many at once; None: as many as there are cores. 1 needs no Ray, nor does a
             single task.
         cpus: Cores of each; 0 for those that only start others, of which `workers` run at once.
+        gpus: GPUs of each; where it has some, a single task is Ray's too.
         remedy: What to do where workers die.
 
     Raises:
         ResourceError: a worker died three times.
         Exception: what the function raised; no further task is begun.
     """
-    if workers == 1 or len(tasks) < 2:
+    if not gpus and (workers == 1 or len(tasks) < 2):
         for task in tasks:
             yield task, function(task)
         return
@@ -347,7 +354,7 @@ def in_parallel(
     from ray.exceptions import RayError, RayTaskError
 
     with ray_session({"CPU": 1}, asked="this command", remedy="give --workers 1"):
-        remote = ray.remote(num_cpus=cpus, max_retries=2)(function)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(function)
         cores = int(ray.cluster_resources().get("CPU", 1))
         # Where all cores are at work, some tasks wait in line, so that no core waits for one.
         least = cores + cores // 8 + 1

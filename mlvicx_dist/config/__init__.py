@@ -4,7 +4,7 @@
 whatever is wrong in it becomes one sentence that names the file, the key and the way out.
 """
 
-from mlvicx_dist.config.base import Settings
+from mlvicx_dist.config.base import Cached, Settings
 from mlvicx_dist.config.compare import FLOORS, PIXELS, UNTRAINED, CompareConfig, Task
 from mlvicx_dist.config.evaluate import (
     Bootstrap,
@@ -28,6 +28,7 @@ from mlvicx_dist.config.pretrain import (
     LOSS_KEYS,
     MAY_VARY,
     METHODS,
+    SUPERVISED,
     LocalHead,
     Loss,
     Method,
@@ -49,8 +50,10 @@ __all__ = [
     "MAY_VARY",
     "METHODS",
     "PIXELS",
+    "SUPERVISED",
     "UNTRAINED",
     "Bootstrap",
+    "Cached",
     "CompareConfig",
     "Config",
     "Dimension",

@@ -20,3 +20,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
     )
+
+
+class Cached(Settings):
+    """Where a node keeps what it would else fetch or make again."""
+
+    cache_dir: str | None = None
+    """For shards of s3://, gs:// and http(s)://, and embeddings; None: a folder of the temp dir."""
+    cache_gb: Positive = 50.0
+    """How much of them it keeps, in 10^9 bytes."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mlvicx_dist.config.base import Count, Name, Settings
-from mlvicx_dist.config.evaluate import EvaluateConfig
+from mlvicx_dist.config.evaluate import EvaluateConfig, Knn
 from mlvicx_dist.config.pretrain import MAY_VARY, METHODS
 from mlvicx_dist.config.sweep import Pretraining
 from mlvicx_dist.errors import nearest
@@ -24,6 +24,12 @@ class Task(EvaluateConfig):
 
     @model_validator(mode="after")
     def _probes(self) -> Task:
+        # Not whether it was given: the settings of a comparison are written with all of them.
+        if self.knn != Knn():
+            raise ValueError(
+                "knn is no part of a comparison, which judges frozen encoders by probes: leave it "
+                "out, and give it to mlvicx evaluate for each run"
+            )
         for key in ("fine_tune", "segment", "localise"):
             if getattr(self, key):
                 raise ValueError(

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlvicx_dist.config.base import Count, Fraction, Name, NonNegative, Positive, Settings
+from mlvicx_dist.config.base import Cached, Count, Fraction, Name, NonNegative, Positive, Settings
 from mlvicx_dist.config.pretrain import Workers
 
 
-class EvaluateData(Settings):
+class EvaluateData(Cached):
     """The labelled images: the probe learns on `train`, is tuned on `val`, is judged on `test`."""
 
     shards: list[str] = Field(min_length=1)

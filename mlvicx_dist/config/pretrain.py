@@ -7,15 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlvicx_dist.config.base import Count, Fraction, Name, NonNegative, Positive, Settings
+from mlvicx_dist.config.base import Cached, Count, Fraction, Name, NonNegative, Positive, Settings
 
-Method = Literal["mlvicx", "vicreg", "barlow_twins", "simclr", "simsiam"]
+Method = Literal["mlvicx", "vicreg", "barlow_twins", "simclr", "simsiam", "supervised"]
+SUPERVISED: Method = "supervised"
+"""The one that reads labels."""
 METHODS: dict[str, str] = {
     "mlvicx": "MLVICX (arXiv 2403.11504)",
     "vicreg": "VICReg (arXiv 2105.04906)",
     "barlow_twins": "Barlow Twins (arXiv 2103.03230)",
     "simclr": "SimCLR (arXiv 2002.05709)",
     "simsiam": "SimSiam (arXiv 2011.10566)",
+    "supervised": "Supervised (cross-entropy of the labels)",
 }
 """What pages call them."""
 MAY_VARY = re.compile(
@@ -36,7 +39,7 @@ class ShardFolder(Settings):
     """How densely it is sampled, relative to the largest weight."""
 
 
-class PretrainData(Settings):
+class PretrainData(Cached):
     """Which images are trained on."""
 
     shards: list[ShardFolder] = Field(min_length=1)
@@ -44,10 +47,6 @@ class PretrainData(Settings):
     """The splits that are read of each folder."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes a training worker; 0 loads in the training process."""
-    cache_dir: str | None = None
-    """Where a node keeps shards of s3://, gs:// and http(s)://; None: a folder of the temp dir."""
-    cache_gb: Positive = 50.0
-    """How much of them it keeps, in 10^9 bytes."""
 
 
 class Views(Settings):
@@ -136,11 +135,15 @@ class Model(Settings):
     projector: Projector = Projector()
     predictor_width: Count | None = None
     """Hidden width of SimSiam's predictor on the global embedding; None: there is none."""
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """What supervised training learns; None: every class of the shards. It has no projector."""
 
     @model_validator(mode="after")
     def _levels(self) -> Model:
         if self.levels != "all" and len(set(self.levels)) != len(self.levels):
             raise ValueError("levels must name each level once")
+        if len(set(self.classes or ())) != len(self.classes or ()):
+            raise ValueError("classes must name each class once")
         return self
 
 
@@ -171,6 +174,8 @@ class Loss(Settings):
     """Barlow Twins: the factor of what is off the diagonal."""
     temperature: Positive = 0.1
     """SimCLR: what the cosines are divided by."""
+    label_splits: list[str] = Field(default=["train"], min_length=1)
+    """Supervised: the splits whose labels are read; those of the others are masked."""
 
 
 LOSS_KEYS: dict[Method, tuple[str, ...]] = {
@@ -179,6 +184,7 @@ LOSS_KEYS: dict[Method, tuple[str, ...]] = {
     "barlow_twins": ("redundancy",),
     "simclr": ("temperature",),
     "simsiam": (),
+    "supervised": ("label_splits",),
 }
 """What of `loss` each method reads."""
 
@@ -342,6 +348,15 @@ class PretrainConfig(Settings):
             raise ValueError(
                 "model.predictor_width belongs to method simsiam, which needs it: leave it out"
             )
+        if self.method == SUPERVISED:
+            unread = [name for name in self.loss.label_splits if name not in self.data.splits]
+            if unread:
+                raise ValueError(
+                    f"loss.label_splits names '{unread[0]}', but data.splits, whose images are "
+                    "trained on, does not: make the two agree"
+                )
+        elif self.model.classes:
+            raise ValueError("model.classes belongs to method supervised: leave it out")
         # Not which keys were given: the settings of a run are written with all of them.
         usual = Loss()
         for name, field in Loss.model_fields.items():

@@ -176,7 +176,7 @@ class _Ward:
         from mlvicx_dist.stream.cache import RemoteShard
         from mlvicx_dist.train.drive import each
         from mlvicx_dist.train.launch import check_model, check_workers
-        from mlvicx_dist.train.source import open_shards
+        from mlvicx_dist.train.source import open_shards, with_classes
 
         room, workers = slots(each(config.workers)), config.workers.num
         if room < workers:
@@ -196,6 +196,7 @@ class _Ward:
             parameters = check_model(config)
             check_workers(config)
             shards = open_shards(config)
+            with_classes(config, shards)
         except UserError as error:
             yield Finding("run", "bad", str(error).rstrip("."))
             return

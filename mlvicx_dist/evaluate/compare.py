@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from mlvicx_dist.config import (
     PIXELS,
+    SUPERVISED,
     CompareConfig,
     PretrainConfig,
     Task,
@@ -37,7 +38,9 @@ from mlvicx_dist.evaluate.comparison import (
     write_diverged,
     write_found,
 )
+from mlvicx_dist.evaluate.embed import about_shards
 from mlvicx_dist.evaluate.methods import Method, methods_of
+from mlvicx_dist.evaluate.overlap import label_overlap
 from mlvicx_dist.evaluate.pixels import Pixels
 from mlvicx_dist.evaluate.task import (
     Images,
@@ -72,14 +75,17 @@ from mlvicx_dist.train.launch import (
     writing,
 )
 from mlvicx_dist.train.owner import once_free, only_driver
-from mlvicx_dist.train.source import open_shards
+from mlvicx_dist.train.source import open_shards, with_classes
 from mlvicx_dist.train.step import Member, make_model
 
 GOODBYE_S = 30.0
 """How long a driver that was just killed may still hold its run or comparison in a cluster."""
 COMPARISON = ("comparison", "name")
 """What is refused, in the words of a comparison's settings."""
-SAME_SCORES = {"data": ("loader_workers",), "embedding": ("batch_size", "use_gpu")}
+SAME_SCORES = {
+    "data": ("loader_workers", "cache_dir", "cache_gb"),
+    "embedding": ("batch_size", "use_gpu"),
+}
 """Settings of a task that leave its scores as they are."""
 PACE = {
     "workers": ("num", "min", "cpus_per_worker", "use_gpu"),
@@ -172,6 +178,7 @@ def compare(config: CompareConfig) -> Comparison:
             stack.enter_context(only_driver(folder, *COMPARISON))
             wanted = _checked(plan)
         images = {task.name: _images(plan, task) for task in config.tasks}
+        _check_labels(plan)
         with writing(folder, "storage_path"):
             # Not before the images are known: it would refuse the settings that mend a task.
             accept_fingerprint(folder, wanted)
@@ -203,12 +210,14 @@ def make_plan(config: CompareConfig) -> Plan:
     config = _absolute(config)
     check_workers(config.pretrain)
     methods = methods_of(config)
-    for method in methods:
+    shards = open_shards(config.pretrain)
+    for k, method in enumerate(methods):
         try:
             check_model(method.settings)
+            if not method.floor:
+                methods[k] = replace(method, settings=with_classes(method.settings, shards))
         except ConfigError as error:
             raise ConfigError(f"methods.{method.name}: {error}") from None
-    shards = open_shards(config.pretrain)
     train = config.pretrain.train
     per_epoch = steps_per_epoch(shards.sizes, train.batch_size, shards.weights)
     return Plan(
@@ -298,6 +307,23 @@ def _images(plan: Plan, task: Task) -> Images:
         except ConfigError as error:
             raise ConfigError(f"tasks, {task.name}: {error}") from None
     return images
+
+
+def _check_labels(plan: Plan) -> None:
+    """See that no method is to learn the labels of patients that a task chooses or judges by.
+
+    Raises:
+        DataError: one is; names the task.
+    """
+    learners = {
+        m.name: m for m, _ in plan.left() if not m.floor and m.settings.method == SUPERVISED
+    }
+    for name, method in learners.items():
+        for task in plan.config.tasks:
+            splits = [task.data.val, task.data.test]
+            unseen, _ = about_shards(task.data.shards, splits=list(dict.fromkeys(splits)))
+            where = f"methods.{name}, task {task.name}, its splits {' and '.join(splits)}"
+            label_overlap(unseen, [], method.settings, where=where)
 
 
 def _connect(plan: Plan, stack: ExitStack) -> None:

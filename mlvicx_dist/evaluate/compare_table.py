@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,7 @@ def _main(result: Result, name: str, task: Result) -> Table:
         f"{result['confidence'][name]:.0%} intervals over seeds and patients."
     )
     heads = ["method", "seeds", "AUROC", f"AUROC minus {reference}", "AUPRC"]
-    return Table(title, heads, rows, list(_notes(reference, task)))
+    return Table(title, heads, rows, list(_notes(result, task)))
 
 
 def _seeds(result: Result, method: str, task: Result) -> str:
@@ -110,11 +110,11 @@ def _seeds(result: Result, method: str, task: Result) -> str:
     return str(len(task["auroc"][method]["mean"]["seeds"]))
 
 
-def _notes(reference: str, task: Result) -> Iterator[str]:
+def _notes(result: Result, task: Result) -> Iterator[str]:
     best = task["over_best"]
     if best and best["auroc"]:
         yield (
-            f"{_over(reference, best['baseline'], best['auroc']['mean'])}, "
+            f"{_over(result['reference'], best['baseline'], best['auroc']['mean'])}, "
             f"AUPRC {_signed(best['auprc']['mean'])}."
         )
     if any(len(one["mean"]["seeds"]) == 1 for one in task["auroc"].values()):
@@ -127,6 +127,20 @@ def _notes(reference: str, task: Result) -> Iterator[str]:
     for name, why in task["left_out"].items():
         yield f"Left out: {name} ({why})."
     yield overlap_words(task["overlap"])
+    for name, splits in _learned(result, task["auroc"]):
+        yield (
+            f"{name}: its encoder learned the labels of the split {' and '.join(splits)} of the "
+            "pretraining shards, from which the probe of this table may learn too, and of no "
+            "patient of the validation or test images. It is not among the others of which the "
+            "best is taken."
+        )
+
+
+def _learned(result: Result, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Which of the methods learned labels, and of which splits."""
+    for name in names:
+        if splits := result["methods"][name].get("labels"):
+            yield name, splits
 
 
 def _over(reference: str, baseline: str, area: Result) -> str:
@@ -150,7 +164,10 @@ def _means(result: Result, title: str, one: Result) -> Table:
         [method, cell(mean), _signed(apart) if (apart := one["difference"].get(method)) else ""]
         for method, mean in one["methods"].items()
     ]
-    notes = []
+    notes = [
+        f"{name}: its encoder learned all labels of the split {' and '.join(splits)}."
+        for name, splits in _learned(result, one["methods"])
+    ]
     if best := one.get("over_best"):
         notes.append(f"{_over(result['reference'], best['baseline'], best)}.")
     if one["left_out"]:

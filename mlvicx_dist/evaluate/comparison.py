@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from mlvicx_dist.config import CompareConfig, parse_config, parse_yaml
+from mlvicx_dist.config import SUPERVISED, CompareConfig, parse_config, parse_yaml
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.budget import read_rates
 from mlvicx_dist.evaluate.compare_table import markdown
@@ -96,13 +96,17 @@ def found(folder: Place, config: CompareConfig) -> dict[str, Any]:
 
     Returns:
         `name`, `reference`, `seeds`, `budget`, `confidence` of the intervals; `methods` by name
-        with `changes`, `steps`, `images` seen and seconds of training of each seed's run; `tasks`
+        with `changes`, `labels`, the splits whose labels its encoder learns, and `steps`, `images`
+        seen and seconds of training of each seed's run; `tasks`
         by name, see `judged`; `missing`, runs that are in no figure, and why.
     """
     methods = methods_of(config)
     reference = next(method for method in methods if method.name == config.first)
+    # What learned labels has what the others have not.
     baselines = [
-        m.name for m in methods if m.floor or m.settings.method != reference.settings.method
+        m.name
+        for m in methods
+        if m.floor or m.settings.method not in (reference.settings.method, SUPERVISED)
     ]
     tasks = {}
     for task in config.tasks:
@@ -159,9 +163,17 @@ def _about(
     return {
         "changes": method.changes,
         "floor": method.floor,
+        "labels": _learned(method),
         "runs": runs,
         "measured_s_a_step": rate_s,
     }
+
+
+def _learned(method: Method) -> list[str]:
+    """The splits whose labels a method's encoder learns."""
+    if method.floor or method.settings.method != SUPERVISED:
+        return []
+    return list(method.settings.loss.label_splits)
 
 
 def _missing(

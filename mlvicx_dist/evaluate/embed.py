@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_dist.errors import DataError, ResourceError, UserError
+from mlvicx_dist.evaluate.made import Made, made_by
+from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import progress
+from mlvicx_dist.session import connected, in_parallel, ray_session
 from mlvicx_dist.storage import becoming, told
+from mlvicx_dist.stream.cache import Cache
+from mlvicx_dist.stream.labels import labels_of
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import squared
 from mlvicx_dist.train.checkpoint import load_encoder
+
+TASK_IMAGES = 512
+"""A Ray task takes shards until it has so many."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Embeddings:
         return np.array([f"{one['source']}/{one['patient']}" for one in self.about])
 
 
-class WholeImages(Dataset[tuple[np.ndarray, dict[str, Any]] | UserError]):
+class WholeImages(Dataset[np.ndarray | UserError]):
     """Every image of a shard set, whole: aspect kept, padded to a square; no crop, no flip."""
 
     def __init__(self, shards: ShardSet, size_px: int) -> None:
@@ -62,12 +70,28 @@ class WholeImages(Dataset[tuple[np.ndarray, dict[str, Any]] | UserError]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, sample: int) -> tuple[np.ndarray, dict[str, Any]] | UserError:
+    def __getitem__(self, sample: int) -> np.ndarray | UserError:
         try:
-            image = squared(as_bytes(self.shards.image(sample)), self.size_px)
-            return image, {"key": self.shards.key(sample), **json.loads(self.shards.json(sample))}
+            return squared(as_bytes(self.shards.image(sample)), self.size_px)
         except UserError as error:
             return error
+
+
+@dataclass(frozen=True)
+class Show:
+    """How images are shown to an encoder.
+
+    Attributes:
+        size_px: The side of the squares.
+        batch_size: Images a batch.
+        loader_workers: Loader processes; 0 decodes in this one.
+        use_gpu: Whether the encoder runs on the GPU.
+    """
+
+    size_px: int
+    batch_size: int = 64
+    loader_workers: int = 1
+    use_gpu: bool = False
 
 
 def embed_shards(
@@ -79,8 +103,12 @@ def embed_shards(
     batch_size: int = 64,
     loader_workers: int = 1,
     use_gpu: bool = False,
+    cache: Cache | None = None,
 ) -> Embeddings:
     """Embed the images of several shard folders, decoded once for all encoders.
+
+    Connected to a cluster, as Ray tasks of some shards each; else in this process. No batch holds
+    images of two shards, so that neither who makes them nor how many do changes a bit.
 
     Args:
         encoders: From uint8 [B, 1, H, W] to [B, F], an `Encoder` among them; they are put into
@@ -91,78 +119,189 @@ def embed_shards(
         batch_size: Images a batch.
         loader_workers: Loader processes.
         use_gpu: Whether the encoders run on the GPU.
+        cache: Where embeddings are kept for the next time; None: nowhere.
 
     Raises:
         DataError: a folder has no such split, or an image cannot be read.
+        ResourceError: there is no GPU, or a worker died three times.
     """
-    shards = _open(folders, splits)
-    return embed_samples(
-        encoders,
-        shards,
-        range(len(shards)),
-        size_px=size_px or next(e.image_size_px for e in encoders if isinstance(e, Encoder)),
-        batch_size=batch_size,
-        loader_workers=loader_workers,
-        use_gpu=use_gpu,
+    shards = _open(folders, splits, cache)
+    size_px = size_px or next(e.image_size_px for e in encoders if isinstance(e, Encoder))
+    show = Show(size_px, batch_size, loader_workers, use_gpu)
+    about = _about(shards)
+    return Embeddings(
+        _features(encoders, shards, show, cache),
+        labels_of(about, shards.classes),
+        shards.classes,
+        tuple(about),
     )
 
 
 def about_shards(
-    folders: Sequence[str | Path], *, splits: Sequence[str]
+    folders: Sequence[str | Path], *, splits: Sequence[str], cache: Cache | None = None
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """What `embed_shards` would know of each image, in its order, and the classes.
 
     Raises:
         DataError: a folder has no such split, or a shard cannot be read.
     """
-    shards = _open(folders, splits)
-    about = [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
-    return about, _classes(shards)
+    shards = _open(folders, splits, cache)
+    return _about(shards), shards.classes
 
 
-def _classes(shards: ShardSet) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for m in shards.manifests for name in m.classes))
+def _about(shards: ShardSet) -> list[dict[str, Any]]:
+    return [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
 
 
-@torch.inference_mode()
+def _features(
+    encoders: Sequence[nn.Module], shards: ShardSet, show: Show, cache: Cache | None
+) -> tuple[np.ndarray, ...]:
+    """The embeddings of all images by each encoder; those that are not kept are made."""
+    kept = [Made(made_by(encoder.eval(), show.size_px), cache) for encoder in encoders]
+    numbers = range(len(shards.shards))
+    found = [[made.read(shards.infos[n]) for n in numbers] for made in kept]
+    lacking = [k for k, parts in enumerate(found) if any(part is None for part in parts)]
+    todo = [n for n in numbers if any(found[k][n] is None for k in lacking)]
+    if todo:
+        total = sum(shards.sizes[n] for n in todo)
+        with progress("embedding", total, "images") as bar:
+            for number, features in _made([encoders[k] for k in lacking], shards, todo, show):
+                for k, one in zip(lacking, features, strict=True):
+                    found[k][number] = one
+                    kept[k].write(shards.infos[number], one)
+                bar.advance(shards.sizes[number])
+    return tuple(np.concatenate([part for part in parts if part is not None]) for parts in found)
+
+
+Part = tuple[int, list[np.ndarray]]
+"""The number of a shard, and its embeddings by each encoder."""
+
+
+def _made(
+    encoders: Sequence[nn.Module], shards: ShardSet, numbers: Sequence[int], show: Show
+) -> Iterator[Part]:
+    """The embeddings of some shards, in any order: by Ray tasks on a cluster, or here."""
+    groups = list(_groups(shards, numbers))
+    if not connected() or (len(groups) < 2 and not show.use_gpu):
+        yield from embed_some(encoders, shards, numbers, show)
+        return
+    import ray
+
+    gpus = 1 if show.use_gpu else 0
+    with ray_session(
+        {"GPU": gpus} if gpus else {"CPU": 1},
+        asked="embedding (embedding.use_gpu)" if gpus else "embedding",
+        remedy="set embedding.use_gpu=false" if gpus else "add a node",
+    ):
+        there = ray.put([encoder.cpu() for encoder in encoders])
+        tasks = [_Task(there, shards, group, show) for group in groups]
+        for _, parts in in_parallel(
+            _embed_task, tasks, workers=None, gpus=gpus, remedy="lower embedding.batch_size"
+        ):
+            yield from parts
+
+
+def _groups(shards: ShardSet, numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Shards that a task takes: one after the other, until they have `TASK_IMAGES`."""
+    group: list[int] = []
+    for number in numbers:
+        group.append(number)
+        if sum(shards.sizes[n] for n in group) >= TASK_IMAGES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some shards for one task, and Ray's reference to the encoders."""
+
+    encoders: Any
+    shards: ShardSet
+    numbers: list[int]
+    show: Show
+
+
+def _embed_task(task: _Task) -> list[Part]:
+    import ray
+
+    # It has one core: what decodes beside it would only wait for that.
+    show = replace(task.show, loader_workers=0)
+    return list(embed_some(ray.get(task.encoders), task.shards, task.numbers, show))
+
+
+def embed_some(
+    encoders: Sequence[nn.Module], shards: ShardSet, numbers: Sequence[int], show: Show
+) -> Iterator[Part]:
+    """The embeddings of some shards in this process, shard by shard.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    batches = [
+        range(start, min(start + show.batch_size, int(shards.starts[n + 1])))
+        for n in numbers
+        for start in range(int(shards.starts[n]), int(shards.starts[n + 1]), show.batch_size)
+    ]
+    made = embed_batches(encoders, shards, batches, show)
+    for number in numbers:
+        count = -(-shards.sizes[number] // show.batch_size)
+        parts = [next(made) for _ in range(count)]
+        yield number, [np.concatenate(features) for features in zip(*parts, strict=True)]
+
+
 def embed_samples(
+    encoders: Sequence[nn.Module], shards: ShardSet, samples: Sequence[int], show: Show
+) -> list[np.ndarray]:
+    """The embeddings of chosen samples by each encoder, float32 [n, F] each.
+
+    Args:
+        encoders: See `embed_shards`.
+        shards: Open shards.
+        samples: Global indices.
+        show: How images are shown.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    size = show.batch_size
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    with progress("embedding", len(samples), "images") as bar:
+        parts = []
+        for part in embed_batches(encoders, shards, batches, show):
+            parts.append(part)
+            bar.advance(len(part[0]))
+    return [np.concatenate(features) for features in zip(*parts, strict=True)]
+
+
+def embed_batches(
     encoders: Sequence[nn.Module],
     shards: ShardSet,
-    samples: Sequence[int],
-    *,
-    size_px: int,
-    batch_size: int,
-    loader_workers: int,
-    use_gpu: bool,
-) -> Embeddings:
-    """Embed chosen samples of open shards, see `embed_shards`; `samples` are global indices."""
-    device = device_of(use_gpu)
+    batches: Sequence[Sequence[int]],
+    show: Show,
+) -> Iterator[list[np.ndarray]]:
+    """The embeddings of batches of samples by each encoder, float32 [b, F] each.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    device = device_of(show.use_gpu)
     encoders = [encoder.to(device).eval() for encoder in encoders]
-    classes = _classes(shards)
     loader: DataLoader[Any] = DataLoader(
-        Subset(WholeImages(shards, size_px), samples),
-        batch_size=batch_size,
-        num_workers=loader_workers,
+        WholeImages(shards, show.size_px),
+        batch_sampler=[list(batch) for batch in batches],
+        num_workers=show.loader_workers,
         collate_fn=list,
     )
-    features: list[list[np.ndarray]] = [[] for _ in encoders]
-    about: list[dict[str, Any]] = []
-    with progress("embedding", len(samples), "images") as bar:
-        for items in loader:
-            for item in items:
-                if isinstance(item, UserError):
-                    raise item
-            images = torch.from_numpy(np.stack([image for image, _ in items]))[:, None].to(device)
-            for kept, encoder in zip(features, encoders, strict=True):
-                kept.append(encoder(images).float().cpu().numpy())
-            about += [one for _, one in items]
-            bar.advance(len(items))
-    return Embeddings(
-        tuple(np.concatenate(kept) for kept in features),
-        labels_of(about, classes),
-        classes,
-        tuple(about),
-    )
+    for items in loader:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        with torch.inference_mode():
+            images = torch.from_numpy(np.stack(items))[:, None].to(device)
+            features = [encoder(images).float().cpu().numpy() for encoder in encoders]
+        yield features
 
 
 def embed_to_parquet(
@@ -189,6 +328,7 @@ def embed_to_parquet(
         batch_size=batch_size,
         loader_workers=loader_workers,
         use_gpu=use_gpu,
+        cache=Cache(),
     )
     write_parquet(embeddings, Path(out))
     count, width = embeddings.features[0].shape
@@ -225,12 +365,12 @@ def _unwritten(path: Path, reason: str) -> str:
     )
 
 
-def _open(folders: Sequence[str | Path], splits: Sequence[str] | None) -> ShardSet:
+def _open(
+    folders: Sequence[str | Path], splits: Sequence[str] | None, cache: Cache | None
+) -> ShardSet:
     if splits is None:
-        from mlvicx_dist.ingest.shards import read_manifest
-
         splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
-    return ShardSet.open(folders, splits=splits)
+    return ShardSet.open(folders, splits=splits, cache=cache)
 
 
 def device_of(use_gpu: bool) -> torch.device:
@@ -242,9 +382,3 @@ def device_of(use_gpu: bool) -> torch.device:
     if use_gpu and not torch.cuda.is_available():
         raise ResourceError("use_gpu is set, but this machine has no GPU that PyTorch can use.")
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def labels_of(about: Sequence[dict[str, Any]], classes: Sequence[str]) -> np.ndarray:
-    """The labels of images by class, float64 [n, K]: 0, 1 or NaN (unknown)."""
-    rows = [[one["labels"].get(name) for name in classes] for one in about]
-    return np.array(rows, dtype=np.float64).reshape(len(about), len(classes))

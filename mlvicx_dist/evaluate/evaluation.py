@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,28 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from mlvicx_dist.config import PIXELS, EvaluateConfig, to_tree
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.config import PIXELS, SUPERVISED, EvaluateConfig, to_tree
+from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
-from mlvicx_dist.evaluate.embed import Embeddings, embed_shards
+from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
 from mlvicx_dist.evaluate.localise import check_context, localise
 from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
-from mlvicx_dist.evaluate.overlap import overlap_with_run
+from mlvicx_dist.evaluate.overlap import label_overlap, overlap_with_run, run_config
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of
 from mlvicx_dist.evaluate.pixels import Pixels, fit_for
 from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups
-from mlvicx_dist.model.encoder import Encoder, untrained
+from mlvicx_dist.model.encoder import Encoder, encoder_digest, untrained
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, make_folder, reaching, told, write_whole
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder, trained_seed
+from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder, trained_settings
 
 ENCODERS = ("pretrained", "untrained")
 CURVE_POINTS = 200
@@ -53,7 +54,8 @@ def evaluate_checkpoint(
         out: Folder of the result; None is `evaluations/` of the checkpoint's run.
 
     Returns:
-        The result and the path of its JSON file. Of the untrained encoder it has `untrained`:
+        The result and the path of its JSON file. `checkpoint` and `encoder` are name and digest of
+        what was judged. Of the untrained encoder it has `untrained`:
         `seed`, and whether that is `assumed` since an export does not tell it. The file is written
         after each part; until the last one `missing` names those that are asked for and not there.
 
@@ -65,13 +67,15 @@ def evaluate_checkpoint(
     folder = Path(out) if out else run_dir / "evaluations"
     _check_folder(folder)
     encoder = load_encoder(weights)
-    told_seed = trained_seed(weights)
+    trained = trained_settings(weights)
+    told_seed = trained.get("train", {}).get("seed")
     seed = told_seed or 0
     bare = untrained(encoder, seed)
     size_px = settings.embedding.image_size_px or encoder.image_size_px
     masks, boxes = _marked(encoder, settings, size_px)
     if settings.fine_tune:
         check_fine_tune(settings, settings.fine_tune)
+    labels = _labels(trained, run_dir, settings)
     embeddings = embed_shards(
         [encoder, bare, Pixels()],
         settings.data.shards,
@@ -80,15 +84,19 @@ def evaluate_checkpoint(
         batch_size=settings.embedding.batch_size,
         loader_workers=settings.data.loader_workers,
         use_gpu=settings.embedding.use_gpu,
+        cache=cache_of(settings.data),
     )
     result = {
         "checkpoint": weights.name,
+        "encoder": encoder_digest(encoder),
         "untrained": {"seed": seed, "assumed": told_seed is None},
         **evaluate(embeddings, settings),
     }
     tested = embeddings.about_of(embeddings.rows(settings.data.test))
     off = {"unknown": "overlap is off"}
     result["overlap"] = overlap_with_run(tested, run_dir) if settings.overlap else off
+    if labels:
+        result["overlap"]["labels"] = labels
     both = dict(zip(ENCODERS, (encoder, bare), strict=True))
     parts: dict[str, Callable[[], Any]] = {}
     if settings.localise:
@@ -106,6 +114,26 @@ def evaluate_checkpoint(
         result[name] = parts[name]()
     _write(path, result)
     return result, path
+
+
+def _labels(
+    trained: Mapping[str, Any], run_dir: Place, settings: EvaluateConfig
+) -> dict[str, Any] | None:
+    """What a training on labels knows of the labels of this evaluation; None of another method's.
+
+    Raises:
+        DataError: it learned from test patients.
+    """
+    if trained.get("method") != SUPERVISED:
+        return None
+    data = settings.data
+    try:
+        config = run_config(run_dir)
+    except UserError as error:
+        return {"splits": trained["loss"]["label_splits"], "unknown": str(error).rstrip(".")}
+    tested, _ = about_shards(data.shards, splits=[data.test])
+    learned, _ = about_shards(data.shards, splits=list(dict.fromkeys([data.train, data.val])))
+    return label_overlap(tested, learned, config, where=f"the split '{data.test}'")
 
 
 def _check_folder(folder: Place) -> None:

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from mlvicx_dist.config import EvaluateConfig, FineTune, Train, Views, parse_config, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
-from mlvicx_dist.evaluate.embed import embed_samples
+from mlvicx_dist.evaluate.embed import Show, embed_samples
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import Parts
 from mlvicx_dist.evaluate.probe import mean_auroc
 from mlvicx_dist.model.encoder import Encoder, untrained
-from mlvicx_dist.objective.global_batch import convert_batch_norm, ddp_scale, world_size
+from mlvicx_dist.objective.global_batch import convert_batch_norm, ddp_scale
+from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import scratch
 from mlvicx_dist.storage import Place, place
 from mlvicx_dist.stream.augment import photometrics
+from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import Batch, Steps, batches
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder
@@ -125,9 +126,11 @@ def fine_tune(
     """
     from mlvicx_dist.train.drive import cluster, fitted, trainer
 
+    # Workers start in another folder.
+    tree, kept = to_tree(settings), cache_of(settings.data).folder
+    tree["data"]["cache_dir"] = str(kept) if kept else None
     plan = {
-        "settings": to_tree(settings),
-        # Workers start in another folder.
+        "settings": tree,
         "shards": [str(place(folder)) for folder in settings.data.shards],
         "weights": str(place(weights)),
         "seed": seed,
@@ -181,7 +184,8 @@ def fine_tune_worker(plan: dict[str, Any]) -> dict[str, Any]:
     if member.device.type == "cuda":
         torch.cuda.set_device(member.device)
     train, val, test = (
-        ShardSet.open(plan["shards"], splits=[split]) for split in (data.train, data.val, data.test)
+        ShardSet.open(plan["shards"], splits=[split], cache=cache_of(data))
+        for split in (data.train, data.val, data.test)
     )
     encoder = load_encoder(plan["weights"])
     found, done = {}, 0
@@ -224,15 +228,9 @@ class Look:
         own = np.array_split(np.arange(len(shards)), group)[self.member.rank]
         outputs: np.ndarray | None = None
         if len(own):
-            outputs = embed_samples(
-                [model],
-                shards,
-                own.tolist(),
-                size_px=self.size_px,
-                batch_size=tune.batch_size,
-                loader_workers=self.loader_workers,
-                use_gpu=self.member.device.type == "cuda",
-            ).features[0]
+            use_gpu = self.member.device.type == "cuda"
+            show = Show(self.size_px, tune.batch_size, self.loader_workers, use_gpu)
+            outputs = embed_samples([model], shards, own.tolist(), show)[0]
         if group == 1:
             assert outputs is not None
             return outputs
@@ -322,29 +320,10 @@ def _learn(
     images = photometrics(batch.images[0].to(member.device), batch.table[0], kernel_px=BLUR_PX)
     with torch.autocast(member.device.type, torch.bfloat16, enabled=tune.precision == "bf16"):
         logits = model(images)
-    # At least float32, whatever autocast says.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = masked_loss(logits, labels.to(logits))
+    loss = label_loss(logits, labels)
     optimizer.zero_grad(set_to_none=True)
     (loss * ddp_scale()).backward()
     optimizer.step()
-
-
-def masked_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """This rank's part of the mean cross-entropy over the known labels of the global batch.
-
-    Args:
-        logits: [b, K].
-        labels: [b, K], 0, 1 or NaN (masked).
-    """
-    known = ~labels.isnan()
-    count = known.sum()
-    if world_size() > 1:
-        dist.all_reduce(count)
-    each = functional.binary_cross_entropy_with_logits(
-        logits, labels.nan_to_num(), reduction="none"
-    )
-    return (each * known).sum() / count.clamp_min(1)
 
 
 def _area(scores: np.ndarray, labels: np.ndarray, epoch: int) -> float:

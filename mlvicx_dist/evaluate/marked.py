@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import DataError, UserError
+from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import place_in_square, squared
@@ -57,7 +58,9 @@ class MarkedImages(Dataset[Marked | UserError]):
         """
         self.split, self.size_px, self._kind = split, size_px, kind
         self._classes = settings.classes
-        self.shards = ShardSet.open(settings.data.shards, splits=[split])
+        self.shards = ShardSet.open(
+            settings.data.shards, splits=[split], cache=cache_of(settings.data)
+        )
         if kind == "masks":
             self.samples = self.shards.masked()
             found = any(self._mask(sample).any() for sample in self.samples.tolist())

@@ -16,7 +16,7 @@ from mlvicx_dist.config import (
     to_tree,
 )
 
-BY_METHOD = ("levels", "context", "predictor_width")
+BY_METHOD = ("levels", "context", "predictor_width", "classes")
 """What of `model` a method decides where nothing else does."""
 
 

@@ -1,10 +1,12 @@
 """How many of the images that an encoder is judged on were in its pretraining.
 
-Pretraining reads no labels, so what it may have seen of a test image is the image.
+Pretraining reads no labels, so what it may have seen of a test image is the image. Supervised
+training reads them: a test patient among those that it learned from is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from mlvicx_dist.config import PretrainConfig, parse_config, parse_yaml
-from mlvicx_dist.errors import UserError
+from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.ingest.leaks import Hashed, hashed
 from mlvicx_dist.ingest.phash import as_words, near_pairs
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, read_bytes, told
+from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.stream.shardset import ShardSet
 
 
 def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[str, Any]:
@@ -30,22 +34,71 @@ def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[st
     Returns:
         `tested`, the images looked for; `seen`, the images of the pretraining; `images`, how many
         of the tested ones are among them, `same_key` and `near_duplicates` of these by sample key
-        and by perceptual hash; `patients`, how many tested patients have an image there. Or
+        and by perceptual hash; `patients`, how many tested patients have an image there;
+        `init_from`, whether it began with other weights, whose images are not looked for. Or
         `unknown`, why this cannot be told.
+    """
+    try:
+        config = run_config(run_dir)
+        began = config.train.init_from is not None
+        return {**overlap(about, list(pretraining_images(config))), "init_from": began}
+    except UserError as error:
+        return {"unknown": str(error).rstrip(".")}
+
+
+def run_config(run_dir: Place) -> PretrainConfig:
+    """The settings of a run's folder.
+
+    Raises:
+        UserError: they cannot be read.
     """
     path = run_dir / "config.yaml"
     try:
         config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-        if not isinstance(config, PretrainConfig):
-            return {"unknown": f"{path} is no pretraining's"}
-        seen = list(pretraining_images(config))
     except FileNotFoundError:
-        return {"unknown": f"there is no {path}, which names them"}
+        raise DataError(f"there is no {path}, which names them.") from None
     except OSError as error:
-        return {"unknown": f"{path} cannot be read, {told(error)}"}
-    except UserError as error:
-        return {"unknown": str(error).rstrip(".")}
-    return overlap(about, seen)
+        raise DataError(f"{path} cannot be read, {told(error)}.") from None
+    if not isinstance(config, PretrainConfig):
+        raise DataError(f"{path} is no pretraining's.")
+    return config
+
+
+def label_overlap(
+    unseen: Sequence[dict[str, Any]],
+    learned: Sequence[dict[str, Any]],
+    config: PretrainConfig,
+    *,
+    where: str,
+) -> dict[str, Any]:
+    """What a training on labels knows of the labels of an evaluation.
+
+    Args:
+        unseen: The JSON of each image, with its `key`, whose patient it must not have learned from.
+        learned: The same of the other images.
+        config: The settings of the training.
+        where: What is judged, for the sentence that refuses.
+
+    Returns:
+        `splits`, those whose labels it read; `images`, how many of `learned` it learned from;
+        `of`, how many these are.
+
+    Raises:
+        DataError: it learned from an image of `unseen`, a copy of one, or another of its patient.
+        UserError: the shards cannot be read.
+    """
+    seen = list(labelled_images(config))
+    found = overlap(unseen, seen)
+    splits = config.loss.label_splits
+    if found["images"] or found["patients"]:
+        raise DataError(
+            f"{where}: the encoder learned the labels of {found['images']} of these "
+            f"{found['tested']} images and of {found['patients']} of their patients (the split "
+            f"{' or '.join(splits)} of its shards), so it cannot be judged on them; "
+            "train it without them, or judge it on other patients."
+        )
+    among = overlap(learned, seen)["images"]
+    return {"splits": list(splits), "images": among, "of": len(learned)}
 
 
 def overlap(about: Sequence[dict[str, Any]], seen: Sequence[Hashed]) -> dict[str, Any]:
@@ -70,12 +123,60 @@ def overlap(about: Sequence[dict[str, Any]], seen: Sequence[Hashed]) -> dict[str
 def overlap_words(found: Mapping[str, Any]) -> str:
     """The overlap as a sentence."""
     if "unknown" in found:
-        return f"Overlap with the pretraining shards: unknown ({found['unknown']})."
+        words = f"Overlap with the pretraining shards: unknown ({found['unknown']})."
+    else:
+        words = (
+            "Overlap with the pretraining shards: {images} of {tested} test images are among their "
+            "{seen} ({same_key} by key, {near_duplicates} by near-duplicate hash), and images of "
+            "{patients} test patients"
+        ).format(**found)
+        if "labels" in found:
+            words += "."
+        elif found.get("init_from"):
+            words += (
+                "; labels were not read, and of the weights that it began with "
+                "(train.init_from) nothing is known."
+            )
+        else:
+            words += "; labels were not read."
+    if "labels" not in found:
+        return words
+    labels = found["labels"]
+    splits = " and ".join(labels["splits"])
+    words += f" This encoder learned the labels of the split {splits} of its shards"
+    if "unknown" in labels:
+        return f"{words}; whether test patients are among them is unknown ({labels['unknown']})."
     return (
-        "Overlap with the pretraining shards: {images} of {tested} test images are among their "
-        "{seen} ({same_key} by key, {near_duplicates} by near-duplicate hash), and images of "
-        "{patients} test patients; labels were not read."
-    ).format(**found)
+        f"{words}: {labels['images']} of the {labels['of']} images that the probe learns from or "
+        "is tuned on are among them, and no test patient."
+    )
+
+
+def labelled_images(config: PretrainConfig) -> Iterator[Hashed]:
+    """The images that a training on labels learns from: those with a label of its classes.
+
+    Raises:
+        UserError: the shards cannot be read.
+    """
+    for folder in config.data.shards:
+        there = read_manifest(folder.path)
+        splits = [split for split in config.loss.label_splits if there.splits.get(split)]
+        if not splits:
+            continue
+        shards = ShardSet.open([folder.path], splits=splits, cache=cache_of(config.data))
+        classes = config.model.classes or list(there.classes)
+        with progress("looking at the labels that were learned", len(shards), "images") as bar:
+            for sample in range(len(shards)):
+                known = json.loads(shards.json(sample))
+                bar.advance()
+                if any(known["labels"].get(name) is not None for name in classes):
+                    yield Hashed(
+                        key=shards.key(sample),
+                        split=known["split"],
+                        phash=known["phash"],
+                        where=folder.path,
+                        patient=f"{known['source']}/{known['patient']}",
+                    )
 
 
 def pretraining_images(config: PretrainConfig) -> Iterator[Hashed]:

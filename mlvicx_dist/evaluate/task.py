@@ -19,7 +19,7 @@ from torch import nn
 
 from mlvicx_dist.config import EvaluateConfig, PretrainConfig
 from mlvicx_dist.errors import DataError, DivergenceError, UserError
-from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards, labels_of
+from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import share_areas, shares_of
 from mlvicx_dist.evaluate.overlap import overlap, pretraining_images
 from mlvicx_dist.evaluate.parts import Parts, parts_of
@@ -27,6 +27,8 @@ from mlvicx_dist.evaluate.pixels import fit_for
 from mlvicx_dist.evaluate.subgroups import members
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, make_folder, read_bytes, told, write_whole
+from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.stream.labels import labels_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def images_of(task: EvaluateConfig, pretraining: PretrainConfig) -> Images:
         DataError: a split is empty or no class can be judged.
         ConfigError: a class does not exist.
     """
-    about, classes = about_shards(task.data.shards, splits=splits_of(task))
+    about, classes = about_shards(
+        task.data.shards, splits=splits_of(task), cache=cache_of(task.data)
+    )
     known = Embeddings((), labels_of(about, classes), classes, tuple(about))
     parts = parts_of(known, task)
     tested = known.about_of(parts.test.rows)
@@ -131,6 +135,7 @@ def score(
         batch_size=task.embedding.batch_size,
         loader_workers=task.data.loader_workers,
         use_gpu=task.embedding.use_gpu,
+        cache=cache_of(task.data),
     )
     features = embeddings.features[0]
     if not np.isfinite(features).all():

@@ -9,6 +9,7 @@ from typing import Any
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.export import onnx_file, timm_weights
 from mlvicx_dist.export.evidence import NONE, evaluation_lines
+from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.export_folder import EXPORT_FILES, known_of, save_export
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, place, reaching, told
@@ -55,7 +56,7 @@ def export(source: str | Path, out: str | Path, *, onnx: bool = False) -> Export
     _check_empty(folder)
     weights = find_weights(source)
     encoder = load_encoder(weights)
-    known = _known(weights)
+    known = _known(weights, encoder)
     more: dict[str, bytes] = {}
     words: list[str] = []
     data, word = timm_weights.timm_weights(encoder)
@@ -74,14 +75,14 @@ def export(source: str | Path, out: str | Path, *, onnx: bool = False) -> Export
     return Exported(folder, (*EXPORT_FILES, *more), tuple(words))
 
 
-def _known(weights: Place) -> dict[str, Any]:
+def _known(weights: Place, encoder: Encoder) -> dict[str, Any]:
     """How an encoder was trained, and the lines of its evaluations; empty where none is known."""
     if weights.is_dir():
         known = {"training": {}, "evaluation": [], **known_of(local_folder(weights))}
     else:
         state = read_checkpoint(local_copy(weights))
         known = {"training": training_record(settings_of(state, weights), state), "evaluation": []}
-    return {**known, "evaluation": evaluation_lines(weights) or known["evaluation"]}
+    return {**known, "evaluation": evaluation_lines(weights, encoder) or known["evaluation"]}
 
 
 def _check_empty(folder: Place) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.summary import summary
+from mlvicx_dist.model.encoder import Encoder, encoder_digest
 from mlvicx_dist.storage import Place, reaching, read_bytes, told
 
 NONE = ["Not evaluated."]
 
 
-def evaluation_lines(weights: Place) -> list[str]:
-    """The evaluations of a checkpoint in its run's folder; those of other checkpoints are named.
+def evaluation_lines(weights: Place, encoder: Encoder) -> list[str]:
+    """The evaluations of an encoder in its run's folder; those of other checkpoints are named.
+
+    They are told by the digest of the weights, since another run may have had the folder before.
 
     Nothing where there are none, or where an export lies in no run: beside it may be anything.
 
@@ -22,13 +25,13 @@ def evaluation_lines(weights: Place) -> list[str]:
     """
     shown: list[str] = []
     others: list[str] = []
-    name = weights.name.removesuffix(".pt")
+    digest = encoder_digest(encoder)
     for path in _files(weights.parent.parent):
         try:
             with reaching(path):
                 result = json.loads(read_bytes(path))
             about = str(result["checkpoint"]).removesuffix(".pt")
-            if about == name:
+            if result.get("encoder") == digest:
                 shown += _one(result)
             else:
                 others.append(f"`{result['name']}` ({about})")
@@ -38,7 +41,7 @@ def evaluation_lines(weights: Place) -> list[str]:
                 f"{path}: the evaluation cannot be read ({reason}); evaluate again, or remove it."
             ) from None
     if others:
-        words = f"Evaluations of other checkpoints of this run, not shown: {', '.join(others)}."
+        words = f"Evaluations of other weights in this run, not shown: {', '.join(others)}."
         return [*(shown or [*NONE, ""]), words]
     return shown
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,40 @@ def stored_mask(mask: np.ndarray, size: Sequence[int]) -> bytes:
 
     Args:
         mask: bool [H, W].
-        size: (width, height) of the stored image; a pixel is set where half of it or more is.
+        size: (width, height) of the stored image; a pixel is set where half of it or more is. Of a
+            piece that would set none, every pixel in which one of its own has its centre.
     """
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
     if picture.size != tuple(size):
         picture = picture.resize((size[0], size[1]), Image.Resampling.BOX)
+        picture = picture.point(lambda value: 255 * (value >= 128))
+        picture = Image.fromarray(np.asarray(picture) | 255 * _lost(mask, np.asarray(picture) > 0))
     buffer = io.BytesIO()
-    picture.point(lambda value: 255 * (value >= 128)).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _lost(mask: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Where the pieces of a mask are of which a smaller one has no pixel, uint8 0 or 1.
+
+    Args:
+        mask: bool [H, W]; pixels that touch, be it at a corner, are of one piece.
+        stored: The smaller one, bool [h, w].
+    """
+    pieces, count = ndimage.label(mask, np.ones((3, 3)))
+    rows, columns = np.nonzero(mask)
+    piece = pieces[rows, columns]
+    # The pixel of the smaller one that holds the centre of each.
+    rows, columns = (
+        (2 * one + 1) * small // (2 * large)
+        for one, small, large in zip((rows, columns), stored.shape, mask.shape, strict=True)
+    )
+    kept = np.zeros(count + 1, bool)
+    kept[piece[stored[rows, columns]]] = True
+    found = np.zeros(stored.shape, np.uint8)
+    gone = ~kept[piece]
+    found[rows[gone], columns[gone]] = 1
+    return found
 
 
 def _bounds(text: str, pixels: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 
 import numpy as np
@@ -129,6 +130,19 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
     """The same architecture with the weights that a run of this seed starts from, in eval mode."""
     settings = encoder.settings.model_copy(update={"init": "random"})
     return Encoder.from_model(build_model(settings, seed), encoder.image_size_px).eval()
+
+
+def encoder_digest(encoder: nn.Module) -> str:
+    """SHA-256 of the names, kinds, shapes and values of all weights and statistics, hexadecimal.
+
+    The same for a checkpoint and its export.
+    """
+    found = hashlib.sha256(type(encoder).__name__.encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        found.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], *, where: str) -> None:

@@ -1,6 +1,7 @@
 """The model that is pretrained: gated backbone, global projector, local head and projectors.
 
-The baselines are the same without local head, SimSiam with a predictor.
+The baselines are the same without local head, SimSiam with a predictor; what is trained on labels
+has a linear layer in the projector's place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ class MLVICX(nn.Module):
         super().__init__()
         self.settings = settings
         self.encoder = GatedBackbone(settings)
-        self.global_projector = projector(settings.projector, self.encoder.channels[-1])
+        features = self.encoder.channels[-1]
+        self.global_projector: nn.Module = (
+            nn.Linear(features, len(settings.classes))
+            if settings.classes
+            else projector(settings.projector, features)
+        )
         self.local_names = _local_names(settings, self.encoder.levels)
         chosen = [self.encoder.channels[level] for level in self.encoder.levels]
         self.local_head = LocalHead(
@@ -44,8 +50,8 @@ class MLVICX(nn.Module):
         """A normalised view [B, C, H, W] to embeddings [B, D] by the name of their term.
 
         Returns:
-            `global`; `local` or one `level<n>` for each chosen level; `prediction` where there is
-            a predictor.
+            `global`, or where there are K classes their logits [B, K]; `local` or one `level<n>`
+            for each chosen level; `prediction` where there is a predictor.
         """
         return self.project(self.encoder(view))
 

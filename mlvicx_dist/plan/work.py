@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlvicx_dist.config import Method, PretrainConfig
+from mlvicx_dist.config import SUPERVISED, Method, PretrainConfig
 from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.stream.augment import blur_reaches
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
@@ -270,6 +270,14 @@ def exchange_of(work: Work, batch: int) -> Exchange:
             gathered_bytes=FLOAT_BYTES * batch * sum(work.widths),
             gathers=work.times(NORM) + len(work.widths),
             reductions=work.times(NORM_BACKWARD),
+        )
+    if work.method == SUPERVISED:
+        return Exchange(
+            gradient_bytes=FLOAT_BYTES * work.trained,
+            loss_bytes=2 * FLOAT_BYTES,
+            gathered_bytes=0,
+            gathers=work.times(NORM),
+            reductions=work.times(NORM_BACKWARD) + 1,
         )
     narrow = [width for width in work.widths if batch < width]
     wide = [width for width in work.widths if batch >= width]

@@ -30,9 +30,11 @@ def of_run(rows: Sequence[Row], heads: Sequence[str]) -> list[Chart]:
         keys = {term: f"{head}/{term}_weighted" for term in TERMS}
         if keys["variance"] in rows[-1]:
             charts.append(_lines(f"Weighted terms, {head}", "weighted term", rows, keys))
-    stds = {head: f"{head}/std" for head in heads}
+    if stds := {head: f"{head}/std" for head in heads}:
+        charts.append(
+            _lines("Standard deviation of the embeddings", "standard deviation", rows, stds)
+        )
     charts += [
-        _lines("Standard deviation of the embeddings", "standard deviation", rows, stds),
         _lines(
             "Effective rank of the encoder's output (RankMe)",
             "effective rank, in dimensions",

@@ -43,7 +43,7 @@ def context_maps(
         item = whole[int(sample)]
         if isinstance(item, Exception):
             raise item
-        images.append(item[0])
+        images.append(item)
     gates = encoder.context_maps(torch.from_numpy(np.stack(images))[:, None])
     width, height = CELL_PX + GAP_PX, CELL_PX + GAP_PX
     size = (GAP_PX + width * (1 + len(gates)), CAPTION_PX + GAP_PX + height * len(images))

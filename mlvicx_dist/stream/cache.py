@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mlvicx_dist import storage
-from mlvicx_dist.config import PretrainData
+from mlvicx_dist.config import Cached
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.shards import ShardInfo, index_path, parse_index
 from mlvicx_dist.storage import Place, place, read_bytes, read_range, told, write_whole
@@ -53,7 +53,7 @@ class Cache:
         return self.folder or Path(tempfile.gettempdir()) / f"mlvicx-cache-{os.geteuid()}"
 
 
-def cache_of(data: PretrainData) -> Cache:
+def cache_of(data: Cached) -> Cache:
     """The cache that the settings ask for."""
     folder = Path(data.cache_dir).expanduser().absolute() if data.cache_dir else None
     return Cache(folder, int(data.cache_gb * 10**9))

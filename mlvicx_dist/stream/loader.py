@@ -18,6 +18,7 @@ from mlvicx_dist.errors import ResourceError, UserError
 from mlvicx_dist.storage import temporary
 from mlvicx_dist.stream.ahead import Ahead
 from mlvicx_dist.stream.augment import PARAMETERS, few_views
+from mlvicx_dist.stream.labels import Labels
 from mlvicx_dist.stream.order import epoch_lanes, rank_lanes, steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 
@@ -34,16 +35,20 @@ class Batch:
         samples: Global sample indices, int64 [b].
         images: Both views, or the one of a training on labels, uint8 [2 or 1, b, 1, S, S].
         table: Photometric table of `augment`, float32 [2 or 1, b, 6].
+        labels: 0, 1 or NaN (unknown), float32 [b, K]; None: none are read.
     """
 
     step: int
     samples: torch.Tensor
     images: torch.Tensor
     table: torch.Tensor
+    labels: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory (PyTorch's loader calls this)."""
-        return Batch(self.step, self.samples, self.images.pin_memory(), self.table.pin_memory())
+        labels = None if self.labels is None else self.labels.pin_memory()
+        images, table = self.images.pin_memory(), self.table.pin_memory()
+        return Batch(self.step, self.samples, images, table, labels)
 
 
 class Steps(Dataset[Batch | UserError]):
@@ -59,10 +64,11 @@ class Steps(Dataset[Batch | UserError]):
         rank: int = 0,
         world_size: int = 1,
         count: int = 2,
+        labels: Labels | None = None,
     ) -> None:
-        """Of `count` views of each image, 1 or 2."""
+        """Of `count` views of each image, 1 or 2; `labels` are read where they are asked for."""
         self.shards, self.views, self.seed, self.batch = shards, views, seed, batch
-        self.count = count
+        self.count, self.labels = count, labels
         self.lanes, self.world_size = rank_lanes(batch, rank, world_size), world_size
         self.steps_per_epoch = steps_per_epoch(shards.sizes, batch, shards.weights)
         self._epoch = -1
@@ -95,6 +101,9 @@ class Steps(Dataset[Batch | UserError]):
             torch.from_numpy(np.ascontiguousarray(samples)),
             torch.from_numpy(images),
             torch.from_numpy(table),
+            torch.from_numpy(self.labels.read(self.shards, samples.tolist())).float()
+            if self.labels
+            else None,
         )
 
     def samples(self, epoch: int) -> np.ndarray:

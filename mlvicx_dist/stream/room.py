@@ -1,4 +1,4 @@
-"""The folder in which a node keeps remote shards: whose it is, its locks and the room in it."""
+"""The folder in which a node keeps remote shards and embeddings: its owner, locks and room."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Room:
             self.make_folder()
             if any(stat.st_uid != os.geteuid() for stat in (path.lstat(), path.stat())):
                 raise DataError(
-                    f"{path}: the folder for remote shards belongs to another user; set "
-                    "data.cache_dir to one of yours."
+                    f"{path}: the folder for remote shards and embeddings belongs to another user; "
+                    "set data.cache_dir to one of yours."
                 )
             self.locks = RangeLocks(path / "lock")
             with self.locks.hold(ACCOUNTS):
@@ -50,17 +50,17 @@ class Room:
     def unwritable(self, error: OSError) -> DataError:
         """The sentence for a folder that cannot be used."""
         return DataError(
-            f"{self.path}: remote shards cannot be kept there ({told(error)}); set data.cache_dir "
-            "to a folder on a local disk that can be written."
+            f"{self.path}: nothing can be kept there ({told(error)}); set data.cache_dir to a "
+            "folder on a local disk that can be written."
         )
 
     def make(self, sha256: str, needed: int, limit: int) -> int:
-        """Make room for a shard, if need be by removing those that were used least recently.
+        """Make room for a file, if need be by removing those that were used least recently.
 
         The caller holds `ACCOUNTS`. A file that is removed lives on for who has it open.
 
         Args:
-            sha256: Of the shard; what there is of it stays.
+            sha256: What its name begins with; what there is of it stays.
             needed: Its bytes.
             limit: Bytes that the folder may hold.
 

@@ -96,6 +96,11 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all folders by name, each once, in the order of the folders."""
+        return tuple(dict.fromkeys(name for m in self.manifests for name in m.classes))
+
     def digests(self) -> list[str]:
         """The digest of each manifest, in the order of the folders."""
         return [manifest.digest for manifest in self.manifests]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlvicx_dist.config import LOSS_KEYS, METHODS, PretrainConfig, to_tree
+from mlvicx_dist.config import LOSS_KEYS, METHODS, SUPERVISED, PretrainConfig, to_tree
 from mlvicx_dist.model.encoder import NORMALISATION, Encoder
 
 ELSEWHERE = "weights of another run or export"
@@ -78,6 +78,7 @@ def model_card(
         training=training,
         method=METHODS[settings["method"]] if settings else "",
         start=_start(settings) if settings else "",
+        labels=_labels(settings),
         mean=mean,
         std=std,
         evaluation=evaluation,
@@ -88,6 +89,13 @@ def model_card(
 
 def _start(settings: Mapping[str, Any]) -> str:
     return ELSEWHERE if settings["train"]["init_from"] else STARTS[settings["model"]["init"]]
+
+
+def _labels(settings: Mapping[str, Any]) -> str:
+    """What of labels the training read, in the words of the card's title."""
+    if settings.get("method") != SUPERVISED:
+        return "without labels"
+    return f"with the labels of {', '.join(settings['model']['classes'])}"
 
 
 def _named(values: Mapping[str, Any], form: str) -> str:

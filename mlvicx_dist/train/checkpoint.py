@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from mlvicx_dist.config import PretrainConfig, parse_config
+from mlvicx_dist.config import PretrainConfig, parse_config, to_tree
 from mlvicx_dist.errors import CheckpointError, ConfigError
 from mlvicx_dist.model.encoder import Encoder, load_strictly
 from mlvicx_dist.model.export_folder import EXPORT_FILES, known_of, load_export
@@ -356,17 +356,18 @@ def load_encoder(path: str | Place) -> Encoder:
     return Encoder.from_model(model, config.views.image_size_px).eval()
 
 
-def trained_seed(weights: Place) -> int | None:
-    """`train.seed` of the run that a checkpoint or an export comes from.
+def trained_settings(weights: Place) -> dict[str, Any]:
+    """The settings of the run that a checkpoint or an export comes from, as a tree.
 
-    None for an export whose config.json does not tell it: those of earlier versions.
+    Those of an export lack what does not change the mathematics, and are empty where its
+    config.json does not tell them: those of earlier versions.
     """
     if not weights.is_dir():
-        return settings_of(read_checkpoint(local_copy(weights)), weights).train.seed
+        return to_tree(settings_of(read_checkpoint(local_copy(weights)), weights))
     found: Any = known_of(local_folder(weights))
-    for key in ("training", "settings", "train", "seed"):
+    for key in ("training", "settings"):
         found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, dict) else {}
 
 
 def local_folder(folder: Place) -> Path:

@@ -13,7 +13,7 @@ from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.train.step import TwoViews
+from mlvicx_dist.train.step import TwoViews, random_model
 
 
 def shapes_of(config: PretrainConfig) -> MLVICX:
@@ -23,7 +23,7 @@ def shapes_of(config: PretrainConfig) -> MLVICX:
         ConfigError: the backbone or a level does not exist, or `train.recompute` cannot be had.
     """
     with torch.device("meta"):
-        model = build_model(config.model.model_copy(update={"init": "random"}), 0)
+        model = build_model(random_model(config), 0)
     if config.train.recompute:
         model.encoder.recompute()
     return model

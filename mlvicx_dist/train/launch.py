@@ -75,11 +75,12 @@ def pretrain(
         UserError: something that the user can mend, said in one sentence.
     """
     from mlvicx_dist.train.memory import check_memory
-    from mlvicx_dist.train.source import open_shards
+    from mlvicx_dist.train.source import open_shards, with_classes
 
     config = absolute(config)
     run_dir = place(config.run.storage_path) / config.run.name
     shards = open_shards(config)
+    config = with_classes(config, shards)
     total = config.train.total_steps(
         steps_per_epoch(shards.sizes, config.train.batch_size, shards.weights)
     )
@@ -171,10 +172,11 @@ def check_model(config: PretrainConfig) -> int:
 
     from mlvicx_dist.model.mlvicx import build_model
     from mlvicx_dist.objective.baselines import check_library
+    from mlvicx_dist.train.step import random_model
 
     check_library(config.method)
     with torch.device("meta"):
-        model = build_model(config.model.model_copy(update={"init": "random"}), 0)
+        model = build_model(random_model(config), 0)
     there = model.encoder.levels
     off = set(config.loss.level_weights) - set(there)
     if off:

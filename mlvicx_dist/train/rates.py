@@ -15,7 +15,7 @@ from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.source import steps_of
-from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step
+from mlvicx_dist.train.step import Member, TwoViews, make_model, random_model, train_step
 
 LOADING_S = 1.0
 LOADED = 64
@@ -48,11 +48,8 @@ def training_step(config: PretrainConfig, rows: int, device: torch.device) -> Ca
         device: Where it runs; on a GPU a call returns before the step is done.
     """
     train = config.train.model_copy(update={"batch_size": rows, "init_from": None})
-    random = config.model.model_copy(update={"init": "random"})
-    alone, member = (
-        config.model_copy(update={"train": train, "model": random}),
-        Member(0, 1, device),
-    )
+    settings, member = random_model(config), Member(0, 1, device)
+    alone = config.model_copy(update={"train": train, "model": settings})
     model = make_model(alone, member)
     views, optimizer = TwoViews(model), make_optimizer(model, train)
     size = config.views.image_size_px
@@ -62,6 +59,7 @@ def training_step(config: PretrainConfig, rows: int, device: torch.device) -> Ca
         torch.zeros(rows),
         torch.randint(0, 255, (2, rows, 1, size, size), dtype=torch.uint8),
         torch.ones(2, rows, len(PARAMETERS)),
+        torch.zeros(rows, len(settings.classes or ())),
     )
 
     def step() -> None:

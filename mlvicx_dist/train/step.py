@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from mlvicx_dist.config import Loss, PretrainConfig, VicWeights
+from mlvicx_dist.config import SUPERVISED, Loss, Model, PretrainConfig, VicWeights
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
@@ -23,6 +23,7 @@ from mlvicx_dist.objective.global_batch import (
     global_terms,
     weighted_loss,
 )
+from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.objective.terms import Terms
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.loader import Batch
@@ -60,6 +61,18 @@ class TwoViews(nn.Module):
         maps = self.model.encoder(first)
         representation = self.model.representation(maps).detach()
         return self.model.project(maps), self.model(second), representation
+
+
+def random_model(config: PretrainConfig) -> Model:
+    """Settings of the model with random weights, whatever the run's begin with.
+
+    Where a training on labels has not been told its classes yet it has one, which takes no other
+    time or memory to speak of.
+    """
+    change: dict[str, Any] = {"init": "random"}
+    if config.method == SUPERVISED and not config.model.classes:
+        change["classes"] = ["one"]
+    return config.model.model_copy(update=change)
 
 
 def make_model(config: PretrainConfig, member: Member) -> MLVICX:
@@ -113,6 +126,9 @@ def train_step(
     """
     with part("transfer"):
         images = batch.images.to(member.device, non_blocking=True)
+        labels = batch.labels
+        if labels is not None:
+            labels = labels.to(member.device, non_blocking=True)
     with part("augment"):
         kernel_px, channels = config.views.blur_kernel_px, config.model.channels
         first, second = (
@@ -126,7 +142,7 @@ def train_step(
         embeddings1, embeddings2, representation = model(first, second)
     with part("loss"):
         shares = rank_shares(config.train.batch_size, member.world_size)
-        named = loss_of(config, embeddings1, embeddings2, shares)
+        named = loss_of(config, embeddings1, embeddings2, shares, labels)
     with part("backward"):
         optimizer.zero_grad(set_to_none=True)
         (named["loss"] * ddp_scale()).backward()
@@ -142,8 +158,13 @@ def loss_of(
     first: Mapping[str, torch.Tensor],
     second: Mapping[str, torch.Tensor],
     shares: Sequence[int],
+    labels: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The `loss` of the method over the global batch, whose backward is dL/dz_r, and its terms."""
+    if config.method == SUPERVISED:
+        assert labels is not None
+        logits = torch.cat([first["global"], second["global"]])
+        return {"loss": label_loss(logits, torch.cat([labels, labels]))}
     if config.method in FROM_LIBRARY:
         loss, spread = baseline_loss(config.method, first, second, config.loss, shares=shares)
         return {"loss": loss, "global/std": spread}

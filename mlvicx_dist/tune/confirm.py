@@ -20,7 +20,7 @@ from scipy.special import stdtrit
 
 from mlvicx_dist.config import Bootstrap, SweepConfig
 from mlvicx_dist.errors import TrainingError
-from mlvicx_dist.evaluate.embed import embed_samples
+from mlvicx_dist.evaluate.embed import Show, embed_samples
 from mlvicx_dist.evaluate.metrics import bootstrap_areas, over_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
@@ -256,16 +256,11 @@ def _embedded(config: SweepConfig, encoders: Sequence[Encoder], part: Chosen) ->
     features: dict[int, np.ndarray] = {}
     for size_px in {encoder.image_size_px for encoder in encoders}:
         places = [k for k, encoder in enumerate(encoders) if encoder.image_size_px == size_px]
-        embeddings = embed_samples(
-            [encoders[k] for k in places],
-            shards,
-            [sample for sample, _ in chosen],
-            size_px=size_px,
-            batch_size=config.target.batch_size,
-            loader_workers=config.pretrain.data.loader_workers,
-            use_gpu=False,
+        show = Show(size_px, config.target.batch_size, config.pretrain.data.loader_workers)
+        found = embed_samples(
+            [encoders[k] for k in places], shards, [sample for sample, _ in chosen], show
         )
-        features |= dict(zip(places, embeddings.features, strict=True))
+        features |= dict(zip(places, found, strict=True))
     return [features[k] for k in range(len(encoders))]
 
 

@@ -15,7 +15,7 @@ from mlvicx_dist.storage import Place, place
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.fingerprint import fingerprint
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
-from mlvicx_dist.train.source import open_shards
+from mlvicx_dist.train.source import open_shards, with_classes
 from mlvicx_dist.tune.records import Records
 from mlvicx_dist.tune.space import FUSION, LEVELS, Space, new_study, open_space
 from mlvicx_dist.tune.target import chosen_parts, common_labels, judged_shards
@@ -66,6 +66,7 @@ def make_plan(config: SweepConfig) -> Plan:
     points = first if search.by == "grid" else list(_drawn(space))
     largest = _check_points(space, points)
     shards = open_shards(base)
+    with_classes(base, shards)
     per_epoch = steps_per_epoch(shards.sizes, base.train.batch_size, shards.weights)
     total = base.train.total_steps(per_epoch)
     _check_target(config, total)

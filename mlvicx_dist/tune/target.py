@@ -20,12 +20,13 @@ import torch.distributed as dist
 
 from mlvicx_dist.config import PretrainConfig, Target, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
-from mlvicx_dist.evaluate.embed import WholeImages, labels_of
+from mlvicx_dist.evaluate.embed import WholeImages
 from mlvicx_dist.evaluate.parts import class_names, usable_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.stream.labels import labels_of
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.metrics import effective_rank
 from mlvicx_dist.train.step import Member
@@ -117,7 +118,7 @@ class Judge:
             item = dataset[sample]
             if isinstance(item, Exception):
                 raise item
-            images.append(item[0])
+            images.append(item)
         if not images:
             return torch.empty(0, 1, self._size_px, self._size_px, dtype=torch.uint8)
         return torch.from_numpy(np.stack(images))[:, None]

@@ -14,6 +14,7 @@ from mlvicx_dist.cli import main
 from mlvicx_dist.config import EvaluateConfig, Task, parse_config, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate import budget, compare
+from mlvicx_dist.evaluate.compare_table import markdown
 from mlvicx_dist.evaluate.comparison import found, opened, scores_path, write_diverged
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
 from mlvicx_dist.evaluate.methods import methods_of
@@ -212,6 +213,32 @@ def test_a_run_that_diverges_is_told_and_not_tried_again(
     assert alone == before
     assert main(["compare", str(path)]) == 0
     assert "loud-seed-3 diverged: step 1" in capsys.readouterr().out
+
+
+def test_what_learns_labels_stands_beside_and_says_so(
+    alone, phantom_shards, tmp_path, capsys, monkeypatch
+):
+    """It may learn those of the probe's images, not of the images that choose or judge."""
+    settings = tree(phantom_shards, tmp_path / "c", seeds=[0])
+    settings["methods"] = {"untrained": {}, "supervised": {}}
+    # No step is as good as some: what is looked at is where it stands.
+    settings["pretrain"]["data"]["splits"] = ["train", "val"]
+    path = written(tmp_path, settings)
+    for splits in (["val"], ["train", "val"]):
+        _, code, err = compared(
+            capsys, path, "--set", f"methods.supervised={{loss.label_splits: {splits}}}"
+        )
+        assert code == 2 and not alone
+        assert "methods.supervised, task phantoms, its splits val and test: the encoder" in err
+    document, code, _ = compared(capsys, path)
+    assert (code, document["missing"], alone) == (0, {}, ["supervised-seed-0"])
+    task = document["tasks"]["phantoms"]
+    assert list(task["difference"]["auroc"]) == ["supervised"]
+    assert task["over_best"] is None
+    assert document["methods"]["supervised"]["labels"] == ["train"]
+    words = "\n".join(markdown(document))
+    assert "supervised: its encoder learned the labels of the split train of the pre" in words
+    assert "supervised: its encoder learned all labels of the split train." in words
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from mlvicx_dist.evaluate.finetune import (
     Labelled,
     Look,
     fine_tune,
-    masked_loss,
     train_classifier,
 )
 from mlvicx_dist.evaluate.metrics import auroc
@@ -30,6 +29,7 @@ from mlvicx_dist.evaluate.summary import summary
 from mlvicx_dist.model.encoder import Encoder, untrained
 from mlvicx_dist.model.export_folder import save_export
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train import drive
 from mlvicx_dist.train.step import Member
@@ -69,8 +69,8 @@ def test_the_loss_is_the_mean_over_known_labels():
     labels[0, 1] = labels[4, 2] = torch.nan
     known = ~labels.isnan()
     plain = functional.binary_cross_entropy_with_logits(logits[known], labels[known])
-    assert masked_loss(logits, labels) == pytest.approx(float(plain), abs=1e-15)
-    assert masked_loss(logits, torch.full_like(labels, torch.nan)) == 0
+    assert label_loss(logits, labels) == pytest.approx(float(plain), abs=1e-15)
+    assert label_loss(logits, torch.full_like(labels, torch.nan)) == 0
 
 
 def test_it_learns_what_tells_the_images_apart(disc_shards):

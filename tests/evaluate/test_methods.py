@@ -107,6 +107,7 @@ def test_a_run_has_its_seed_and_length():
                 ("fine_tune", {"fine_tune": {}}),
                 ("segment", {"segment": {}}),
                 ("localise", {"localise": True}),
+                ("knn", {"knn": {"neighbours": 5}}),
             ]
         ),
     ],

@@ -1,12 +1,14 @@
 """Test images in the pretraining shards are found, by key and by hash."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.evaluate.overlap import overlap_with_run, overlap_words
+from mlvicx_dist.errors import DataError
+from mlvicx_dist.evaluate.overlap import label_overlap, overlap_with_run, overlap_words
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.splits import Fractions
@@ -60,3 +62,62 @@ def test_what_cannot_be_told_is_said(tested, tmp_path):
     found = overlap_with_run(tested, run_on(tmp_path / "gone", ["train"], tmp_path))
     assert "unknown" in overlap_words(found)
     assert str(tmp_path / "gone") in overlap_words(found)
+
+
+def learned(folder, splits, run_dir, **changes):
+    """A run that learned labels, as far as it is looked at; its settings."""
+    tree = {
+        "kind": "pretrain",
+        "method": "supervised",
+        "run": {"name": "r"},
+        "data": {"shards": [{"path": str(folder)}], "splits": splits},
+        "loss": {"label_splits": splits},
+    }
+    config = PretrainConfig.model_validate(tree | changes)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
+    return config
+
+
+def known_of(folder, *splits):
+    shards = ShardSet.open([folder], splits=splits)
+    return [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
+
+
+def test_images_whose_labels_were_learned_are_counted(tested, phantom_shards, tmp_path):
+    config = learned(phantom_shards, ["train"], tmp_path)
+    train, val = known_of(phantom_shards, "train"), known_of(phantom_shards, "val")
+    found = label_overlap(tested, train + val, config, where="here")
+    assert found == {"splits": ["train"], "images": len(train), "of": len(train) + len(val)}
+    words = overlap_words({"unknown": "overlap is off", "labels": found})
+    assert "learned the labels of the split train" in words
+    assert f"{len(train)} of the {len(train) + len(val)} images that the probe" in words
+    whole = overlap_words({**overlap_with_run(tested, tmp_path), "labels": found})
+    assert "labels were not read" not in whole and f"0 of {len(tested)} test" in whole
+    unknown = overlap_words({"unknown": "x", "labels": {"splits": ["train"], "unknown": "gone"}})
+    assert "whether test patients are among them is unknown (gone)" in unknown
+
+
+def test_test_patients_whose_labels_were_learned_are_refused(
+    tested, phantom_shards, phantom_records, tmp_path
+):
+    config = learned(phantom_shards, ["train", "test"], tmp_path)
+    with pytest.raises(DataError, match=rf"^here: .* of {len(tested)} of these {len(tested)}"):
+        label_overlap(tested, [], config, where="here")
+    # Another image of a patient is enough.
+    other = [{**tested[0], "key": "0" * 32, "phash": "0" * 64}]
+    with pytest.raises(DataError, match="of 0 of these 1 images and of 1 of their patients"):
+        label_overlap(other, [], config, where="here")
+    # What was seen without a label was not learned.
+    bare = [replace(one, labels=dict.fromkeys(one.labels)) for one in phantom_records]
+    settings = PackSettings(short_side_px=48, fractions=Fractions(1.0, 0.0, 0.0))
+    pack(bare, tmp_path / "bare", settings=settings, salt=b"\x01" * 32)
+    config = learned(tmp_path / "bare", ["train"], tmp_path)
+    assert label_overlap(tested, tested, config, where="here")["images"] == 0
+
+
+def test_weights_that_a_run_began_with_are_not_vouched_for(tested, phantom_shards, tmp_path):
+    found = overlap_with_run(tested, run_on(phantom_shards, ["train"], tmp_path))
+    assert overlap_words(found).endswith("labels were not read.")
+    learned(phantom_shards, ["train"], tmp_path, method="mlvicx", loss={}, train={"init_from": "x"})
+    words = overlap_words(overlap_with_run(tested, tmp_path))
+    assert words.endswith("(train.init_from) nothing is known.")

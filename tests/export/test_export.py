@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import CheckpointError, DataError
 from mlvicx_dist.export.command import export
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.checkpoint import find_weights, load_encoder
 
 
 def card(folder):
@@ -90,10 +90,13 @@ def test_evaluations_of_other_checkpoints_are_named_and_not_shown(run_dir, tmp_p
     shutil.copytree(run_dir, run)
     (run / "evaluations").mkdir()
     path = run / "evaluations" / "a.json"
-    path.write_text(json.dumps({"checkpoint": "step-00000099.pt", "name": "a", "probe": 0.987}))
+    # Of the same step: of an earlier run in this folder.
+    step = find_weights(run).name
+    other = {"checkpoint": step, "encoder": "0" * 64, "name": "a", "probe": 0.987}
+    path.write_text(json.dumps(other))
     text = card(export(run, tmp_path / "e").folder)
-    assert "Not evaluated.\n\nEvaluations of other checkpoints" in text
-    assert "not shown: `a` (step-00000099)." in text
+    assert "Not evaluated.\n\nEvaluations of other weights in this run" in text
+    assert f"not shown: `a` ({step.removesuffix('.pt')})." in text
     assert "0.987" not in text
     path.write_text("{")
     with pytest.raises(DataError, match=r"a\.json: the evaluation cannot be read"):

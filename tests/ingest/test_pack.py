@@ -1,5 +1,6 @@
 """Packing: the same bytes always, nothing lost by a crash, nothing left out in silence."""
 
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
-from mlvicx_dist.ingest.masks import RunLengths, encode_runs
+from mlvicx_dist.ingest.masks import RunLengths, encode_runs, stored_mask
 from mlvicx_dist.ingest.pack import pack, plan
 from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
@@ -270,6 +271,31 @@ def test_lossless_formats_keep_the_pixels(format, salt, tmp_path):
         assert np.array_equal(stored, pixels)
     else:
         assert np.abs(stored.astype(int) - pixels / 257).max() <= 0.51
+
+
+def test_no_piece_of_a_mask_is_lost_where_it_is_made_smaller():
+    mask = np.zeros((64, 48), bool)
+    mask[4:12, 4:12] = True  # Large: as it was.
+    mask[20, 8:40] = True  # A line: a line.
+    mask[40, 40] = mask[41, 41] = True  # Two that touch, in one pixel of four by four.
+    mask[63, 0] = True
+    stored = np.asarray(Image.open(io.BytesIO(stored_mask(mask, (12, 16)))))
+    expected = np.zeros((16, 12), bool)
+    expected[1:3, 1:3] = True
+    expected[5, 2:10] = True
+    expected[10, 10] = expected[15, 0] = True
+    assert np.array_equal(stored, 255 * expected)
+    # By another factor, and one that is no whole number.
+    for size in [(48, 64), (7, 9), (47, 63)]:
+        pieces = {(20, 24): (20, 24), (63, 47): (63, 47), (0, 0): (0, 0)}
+        for row, column in pieces:
+            mask = np.zeros((64, 48), bool)
+            mask[row, column] = True
+            stored = np.asarray(Image.open(io.BytesIO(stored_mask(mask, size))))
+            (place,) = np.argwhere(stored)
+            assert abs((place[0] + 0.5) / size[1] - (row + 0.5) / 64) <= 0.5 / size[1]
+            assert abs((place[1] + 0.5) / size[0] - (column + 0.5) / 48) <= 0.5 / size[0]
+    assert not np.asarray(Image.open(io.BytesIO(stored_mask(mask & False, (7, 9))))).any()
 
 
 def test_a_mask_goes_with_its_image_and_is_resized_with_it(salt, tmp_path):

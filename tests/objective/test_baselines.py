@@ -26,6 +26,7 @@ from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss, check_library
 from mlvicx_dist.objective.global_batch import convert_batch_norm, ddp_scale
+from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.report.charts import of_run
 from mlvicx_dist.report.run import _heads
 from mlvicx_dist.stream.order import rank_shares
@@ -34,6 +35,12 @@ from mlvicx_dist.train.step import TwoViews
 
 ROWS, WIDTH = 7, 12
 BASELINES = ("vicreg", *FROM_LIBRARY)
+CLASSES = ["a", "b", "c"]
+# Unequal numbers of known labels in any two parts of the batch, and a row without one.
+NAN = float("nan")
+LABELS = torch.tensor(
+    [[0, 1, NAN], [NAN] * 3, [1, 0, 0], [1, NAN, 1], [0, 0, 0], [NAN, NAN, 1], [1, 1, 0]]
+)
 
 
 def step(method, world_size, rank):
@@ -48,6 +55,7 @@ def step(method, world_size, rank):
         local=LocalHead(resize_px=8, channels=4, pool=2),
         projector=Projector(width=WIDTH),
         predictor_width=predictor,
+        classes=CLASSES if method == "supervised" else None,
     )
     model = build_model(settings, 0).double()
     if world_size > 1:
@@ -58,8 +66,13 @@ def step(method, world_size, rank):
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(2, ROWS, 1, 32, 32, generator=generator, dtype=torch.float64)
     start = sum(shares[:rank])
-    first, second, _ = module(*views[:, start : start + shares[rank]])
-    loss, spread = baseline_loss(method, first, second, Loss(), shares=shares)
+    own = slice(start, start + shares[rank])
+    first, second, _ = module(*views[:, own])
+    if method == "supervised":
+        logits = torch.cat([first["global"], second["global"]])
+        loss, spread = label_loss(logits, LABELS[own].repeat(2, 1)), torch.tensor(1.0)
+    else:
+        loss, spread = baseline_loss(method, first, second, Loss(), shares=shares)
     (loss * ddp_scale()).backward()
     return loss.item(), spread.item(), {n: p.grad for n, p in model.named_parameters()}
 
@@ -68,7 +81,8 @@ def steps(rank, world_size, port, path):
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
-    found = {method: step(method, world_size, rank) for method in FROM_LIBRARY}
+    methods = (*FROM_LIBRARY, "supervised")
+    found = {method: step(method, world_size, rank) for method in methods}
     if rank == world_size - 1:
         torch.save(found, path)
     dist.destroy_process_group()
@@ -173,7 +187,7 @@ def config(tmp_path, method, **changes):
     return parse_config({**tree, "method": method}, "a.yaml")
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", [*BASELINES, "supervised"])
 def test_a_method_is_one_key_whose_resolved_settings_can_be_read_again(tmp_path, method):
     found = config(tmp_path, method)
     assert (found.model.levels, found.model.context) == ([], False)
@@ -182,7 +196,7 @@ def test_a_method_is_one_key_whose_resolved_settings_can_be_read_again(tmp_path,
     assert fingerprint(found, ["m"])["method"] == method
 
 
-@pytest.mark.parametrize("method", ["vicreg", "barlow_twins", "simclr"])
+@pytest.mark.parametrize("method", ["vicreg", "barlow_twins", "simclr", "supervised"])
 def test_a_preset_is_the_default_but_for_the_method(method):
     presets = Path(__file__).parents[2] / "configs" / "pretrain"
     found, default = (to_tree(load_config(presets / f"{n}.yaml")) for n in (method, "default"))
@@ -207,6 +221,10 @@ def test_the_fingerprint_of_mlvicx_does_not_know_the_baselines(tmp_path):
         ("vicreg", {"loss__lambda_local": 2}, "loss.lambda_local has no effect with"),
         ("simclr", {"loss__global": {"variance": 3}}, "loss.global has no effect"),
         ("mlvicx", {"loss__temperature": 0.5}, "loss.temperature has no effect"),
+        ("simclr", {"loss__label_splits": ["val"]}, "loss.label_splits has no effect"),
+        ("vicreg", {"model__classes": ["a"]}, "model.classes belongs to method supervised"),
+        ("supervised", {"model__classes": ["a", "a"]}, "classes must name each class once"),
+        ("supervised", {"loss__label_splits": ["val"]}, "names 'val', but data.splits"),
         ("barlow", {}, "must be one of mlvicx, vicreg, barlow_twins"),
     ],
 )

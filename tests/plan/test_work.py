@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlvicx_dist.config import Loss, Model, Train, parse_config
 from mlvicx_dist.model.mlvicx import build_model
-from mlvicx_dist.objective import baselines, global_batch
+from mlvicx_dist.objective import baselines, global_batch, labels
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.global_batch import convert_batch_norm, global_terms, weighted_loss
+from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.plan.work import (
     FLOAT_BYTES,
     OPTIMIZER_PASSES,
@@ -163,6 +164,21 @@ def test_a_baseline_gathers_its_embeddings(config, monkeypatch, method):
     exchange = exchange_of(count_work(settings, 4), 8)
     assert exchange.gathers == len(gathered)
     assert exchange.gathered_bytes == sum(gathered[norms:])
+
+
+def test_a_training_on_labels_exchanges_two_numbers(config, monkeypatch):
+    settings = config(train__batch_size=8).model_dump(by_alias=True)
+    settings["model"] = {"backbone": "test_resnet", "classes": ["a", "b"]}
+    settings = parse_config(settings | {"method": "supervised"}, "test")
+    exchange = exchange_of(count_work(settings, 4), 8)
+    plain = exchange_of(count_work(config(train__batch_size=8), 4), 8)
+    reduced = []
+    monkeypatch.setattr(labels, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: reduced.append(x.nbytes))
+    label_loss(torch.zeros(4, 2), torch.zeros(4, 2))
+    assert reduced == [exchange.loss_bytes]
+    assert exchange.reductions == count_work(settings, 4).times("native_batch_norm_backward") + 1
+    assert exchange.gathered_bytes == 0 < plain.gathered_bytes
 
 
 @pytest.mark.parametrize("width", [16, 4])

@@ -10,7 +10,7 @@ from group import settings as group_settings
 
 from mlvicx_dist.config import Probe, Target, parse_config, to_tree
 from mlvicx_dist.errors import ConfigError, DataError, DivergenceError
-from mlvicx_dist.evaluate.embed import embed_samples
+from mlvicx_dist.evaluate.embed import Show, embed_samples
 from mlvicx_dist.evaluate.probe import fit_probe
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
@@ -55,8 +55,7 @@ def test_the_target_is_that_of_the_exported_encoder(run, tmp_path):
     features = []
     for shards, chosen in parts.values():
         samples = [sample for sample, _ in chosen]
-        sizes = {"size_px": 32, "batch_size": 8, "loader_workers": 0, "use_gpu": False}
-        features.append(embed_samples([encoder], shards, samples, **sizes).features[0])
+        features += embed_samples([encoder], shards, samples, Show(32, 8, loader_workers=0))
     labels = common_labels(TARGET, parts)
     probe = fit_probe(
         features[0], labels[0], validation=(features[1], labels[1]), settings=TARGET.probe
