@@ -93,31 +93,43 @@ def ray_session(
             check_resources(needed, _whole_cluster(), "the cluster", asked, remedy)
         else:
             check_resources(needed, this_machine(), "this machine", asked, remedy)
-            # Ray's workers are nice by 15: beside any other busy process, one with two threads ran
-            # eight times slower than at 0.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            # Of a few trials' processes on two cores Ray would warn that they are many.
-            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-            # A blocked signal stays blocked in the processes that are started meanwhile.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
-            try:
-                _hide_token()
-                with _knowing_its_address() if dashboard else nullcontext():
-                    ray.init(
-                        address="local",
-                        _temp_dir=_own_folder(),
-                        num_cpus=len(os.sched_getaffinity(0)),
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        include_dashboard=dashboard,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                    )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            _start(deaf=deaf, dashboard=dashboard)
         yield
     finally:
         if not given:
             ray.shutdown()
+
+
+def _start(*, deaf: bool, dashboard: bool) -> None:
+    import ray
+
+    # Ray's workers are nice by 15: beside any other busy process, one with two threads ran eight
+    # times slower than at 0.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Of a few trials' processes on two cores Ray would warn that they are many.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    _hide_token()
+    # A blocked signal stays blocked in the processes that are started meanwhile.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
+    try:
+        with _knowing_its_address() if dashboard else nullcontext():
+            ray.init(
+                address="local",
+                _temp_dir=_own_folder(),
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:
+        # Ray has no class of its own for a node that does not come up in time.
+        raise ResourceError(
+            f"Ray does not start on this machine ({_first(error)}); see that cores, memory and "
+            "the temp dir's disk are free, and run the same command again."
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
@@ -179,11 +191,16 @@ def _connect() -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ResourceError(
             f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster can be used there "
-            f"({first}); correct the address or the token, or unset it to run on this machine."
+            f"({_first(error)}); correct the address or the token, or unset it to run on this "
+            "machine."
         ) from None
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def this_machine() -> dict[str, float]:

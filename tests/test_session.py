@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from mlvicx_dist import session
+from mlvicx_dist.errors import ResourceError
 
 
 @pytest.fixture
@@ -150,3 +151,14 @@ def test_cleaners_find_their_cluster_beside_another(monkeypatch):
                 assert ray.get(is_seen.remote(ray.get(idle.name.remote())))
         finally:
             other.communicate("\n")
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):
+    def init(**given):
+        raise Exception("The current node timed out during startup. More words.\nMore lines.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ResourceError, match=r"not start on this machine \(The .* words\); see"):
+        with session.ray_session({"CPU": 1}, asked="a", remedy="b"):
+            pass
