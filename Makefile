@@ -93,7 +93,9 @@ release: $(TOOLS) audit
 	&& $(BIN)/python -m pip --python "$$trial/venv" freeze --exclude mlvicx_dist > "$$trial/there" \
 	&& if grep -vxFf $(PINS) "$$trial/there"; then \
 	echo "constraints.txt: these packages are not pinned; run make lock." >&2; exit 1; fi \
-	&& $(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	&& version=$$(basename "$$wheel" | cut -d - -f 2) \
+	&& sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > "$$trial/pyproject.toml" \
+	&& $(BIN)/cyclonedx-py environment --pyproject "$$trial/pyproject.toml" --output-reproducible \
 	--output-file "$${wheel%.whl}.cdx.json" "$$trial/venv" \
 	&& cd "$$trial" && env -u PYTHONPATH -u RAY_ADDRESS venv/bin/mlvicx demo --out demo
 

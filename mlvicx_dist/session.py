@@ -81,6 +81,7 @@ def ray_session(
 
     Raises:
         ResourceError: there is less, and an autoscaler would not add it; or no cluster answers.
+        DataError: a private cluster's folder or token cannot be kept from others.
     """
     import ray
 
