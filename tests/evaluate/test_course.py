@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import yaml
 from discs import MODEL, settings
 
+from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError, ResourceError
 from mlvicx_dist.evaluate import evaluation
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
@@ -107,3 +109,37 @@ def test_the_untrained_encoder_has_the_seed_that_the_export_tells(
     told = any(line.startswith("The export does not tell the seed") for line in summary(result))
     assert told == (seed is None)
     assert max(map(len, summary(result))) <= 100
+
+
+def test_an_encoder_that_learned_labels_says_so_or_is_refused(
+    exported, disc_shards, monkeypatch, tmp_path
+):
+    def words(result):
+        return " ".join(" ".join(summary(result)).split())
+
+    def run_of(splits):
+        tree = {
+            "kind": "pretrain",
+            "method": "supervised",
+            "run": {"name": "r"},
+            "data": {"shards": [{"path": str(disc_shards)}], "splits": splits},
+            "loss": {"label_splits": splits},
+        }
+        config = to_tree(PretrainConfig.model_validate(tree))
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+
+    known = {"method": "supervised", "loss": {"label_splits": ["train"]}, "train": {"seed": 0}}
+    folder = exported({"training": {"settings": known}})
+    # Whatever is asked of the overlap.
+    config = settings(disc_shards, overlap=False)
+    run_of(["train"])
+    result, _ = evaluate_checkpoint(folder, config)
+    assert result["overlap"]["labels"] == {"splits": ["train"], "images": 48, "of": 64}
+    assert "learned the labels of the split train" in words(result)
+    (tmp_path / "run" / "config.yaml").unlink()
+    result, _ = evaluate_checkpoint(folder, config)
+    assert "whether test patients are among them is unknown" in words(result)
+    run_of(["train", "test"])
+    monkeypatch.setattr(evaluation, "embed_shards", lambda *a, **k: pytest.fail("begun"))
+    with pytest.raises(DataError, match=r"^the split 'test': the encoder learned the labels of 24"):
+        evaluate_checkpoint(folder, config)
