@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +149,7 @@ def about_shards(
 
 
 def _about(shards: ShardSet) -> list[dict[str, Any]]:
-    return [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
+    return [shards.about(k) for k in range(len(shards))]
 
 
 def _features(

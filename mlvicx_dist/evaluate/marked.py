@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,7 +110,7 @@ class MarkedImages(Dataset[Marked | UserError]):
             yield torch.from_numpy(np.stack([item.image for item in items]))[:, None], items
 
     def _marked(self, sample: int) -> Marked:
-        image, known = as_bytes(self.shards.image(sample)), json.loads(self.shards.json(sample))
+        image, known = as_bytes(self.shards.image(sample)), self.shards.about(sample)
         inside = place_in_square(image.shape, self.size_px)
         if self._kind == "masks":
             finding = _mask_touched(self._mask(sample) > 0, self.size_px, inside)
@@ -130,7 +129,7 @@ class MarkedImages(Dataset[Marked | UserError]):
         return mask
 
     def _boxes(self, sample: int) -> list[dict[str, Any]]:
-        boxes = json.loads(self.shards.json(sample))["boxes"]
+        boxes = self.shards.about(sample)["boxes"]
         return [box for box in boxes if self._classes is None or box["label"] in self._classes]
 
 

@@ -6,7 +6,6 @@ training reads them: a test patient among those that it learned from is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -167,11 +166,11 @@ def labelled_images(config: PretrainConfig) -> Iterator[Hashed]:
         classes = config.model.classes or list(there.classes)
         with progress("looking at the labels that were learned", len(shards), "images") as bar:
             for sample in range(len(shards)):
-                known = json.loads(shards.json(sample))
+                known = shards.about(sample)
                 bar.advance()
                 if any(known["labels"].get(name) is not None for name in classes):
                     yield Hashed(
-                        key=shards.key(sample),
+                        key=known["key"],
                         split=known["split"],
                         phash=known["phash"],
                         where=folder.path,

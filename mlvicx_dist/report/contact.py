@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def contacts(
     shards = ShardSet.open(folders, splits=splits)
     chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
     for sample in chosen.tolist():
-        image, known = as_bytes(shards.image(sample)), json.loads(shards.json(sample))
+        image, known = as_bytes(shards.image(sample)), shards.about(sample)
         strip = Image.new("RGB", (3 * CELL_PX + 2 * GAP_PX, CELL_PX), BACKGROUND)
         cells = [squared(image, CELL_PX), *_views(image, views, seed, sample)]
         for number, cell in enumerate(cells):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,7 @@ class Labels:
         Raises:
             DataError: a shard cannot be read.
         """
-        about = [json.loads(shards.json(sample)) for sample in samples]
+        about = [shards.about(sample) for sample in samples]
         labels = labels_of(about, self.classes)
         labels[[one["split"] not in self.splits for one in about]] = np.nan
         return labels

@@ -7,15 +7,18 @@ is, a remote one through the cache of its node.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.ingest.record import ALLOWED_KEYS
 from mlvicx_dist.ingest.shards import Manifest, ShardInfo, decode_image, read_index, read_manifest
 from mlvicx_dist.storage import is_local
 from mlvicx_dist.stream.cache import Cache, RemoteShard
@@ -120,9 +123,22 @@ class ShardSet:
         indices = map(_index, self.shards, self.infos)
         return np.flatnonzero(np.concatenate([index["mask_size"] > 0 for index in indices]))
 
-    def json(self, sample: int) -> bytes:
-        """The JSON member of a sample."""
-        return _member(*self._row(sample), "json")
+    def about(self, sample: int) -> dict[str, Any]:
+        """What a shard tells of a sample, by `ALLOWED_KEYS`, and its `key`.
+
+        Raises:
+            DataError: it is damaged, or the shard cannot be read.
+        """
+        shard, row = self._row(sample)
+        key = row["key"].decode()
+        try:
+            known = json.loads(_member(shard, row, "json"))
+            return {"key": key, **{name: known[name] for name in ALLOWED_KEYS}}
+        except (ValueError, LookupError, TypeError):
+            raise DataError(
+                f"{shard}: what it tells of {key} is damaged; "
+                f"run 'mlvicx verify {_folder(shard)}' for the damage and its repair."
+            ) from None
 
     def key(self, sample: int) -> str:
         """The key of a sample."""

@@ -8,7 +8,6 @@ patients is held back from every look, and the test split is not even opened.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -166,7 +165,7 @@ def choose(
     for sample in order.tolist():
         if most is not None and len(chosen) == most:
             break
-        one = {"key": shards.key(sample), **json.loads(shards.json(sample))}
+        one = shards.about(sample)
         if held_back is None or is_held_back(one, settings.held_back) == held_back:
             chosen.append((sample, one))
     if len(chosen) < 2:

@@ -1,7 +1,5 @@
 """Embeddings: frozen, whole, each image once, labels by name."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -40,7 +38,7 @@ def test_labels_stand_under_their_names(encoder, phantom_shards):
     embeddings = embed_shards([encoder], [phantom_shards], splits=["test"], loader_workers=0)
     shards = ShardSet.open([phantom_shards], splits=["test"])
     for sample in range(len(shards)):
-        labels = json.loads(shards.json(sample))["labels"]
+        labels = shards.about(sample)["labels"]
         row = embeddings.labels[sample]
         assert {c: int(v) for c, v in zip(embeddings.classes, row, strict=True)} == labels
 

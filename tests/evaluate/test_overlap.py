@@ -1,6 +1,5 @@
 """Test images in the pretraining shards are found, by key and by hash."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,7 @@ from mlvicx_dist.stream.shardset import ShardSet
 def tested(phantom_shards):
     """What is known of the images of the test split."""
     shards = ShardSet.open([phantom_shards], splits=["test"])
-    return [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
+    return [shards.about(k) for k in range(len(shards))]
 
 
 def run_on(folder, splits, run_dir):
@@ -80,7 +79,7 @@ def learned(folder, splits, run_dir, **changes):
 
 def known_of(folder, *splits):
     shards = ShardSet.open([folder], splits=splits)
-    return [{"key": shards.key(k), **json.loads(shards.json(k))} for k in range(len(shards))]
+    return [shards.about(k) for k in range(len(shards))]
 
 
 def test_images_whose_labels_were_learned_are_counted(tested, phantom_shards, tmp_path):

@@ -99,13 +99,13 @@ def test_a_reader_that_is_killed_in_a_fetch_leaves_nothing_stuck(store, cache, i
 
 def test_marks_that_outlived_their_blocks_are_not_believed(store, cache, monkeypatch):
     shards = opened(store, cache)
-    known = shards.json(0)
+    known = shards.about(0)
     (part,) = kept(cache, ".part")
     with part.open("r+b") as file:
         file.write(bytes(shards.shards[0].info.bytes))
     forget()
     monkeypatch.setattr(parts, "_boot_s", lambda: time.time() + 60)
-    assert shards.json(0) == known
+    assert shards.about(0) == known
 
 
 def test_a_process_that_ends_between_the_check_and_the_name_loses_nothing(store, cache, images):

@@ -127,3 +127,16 @@ def test_loader_processes_that_die_again_and_again_are_one_sentence(shards, monk
     monkeypatch.setattr(loader, "LOSSES", 1)
     with pytest.raises(ResourceError, match=r"step 0: loader processes died 2 times in a row"):
         in_a_thread(lambda: collect(shards, workers=1))
+
+
+@pytest.mark.parametrize(("there", "instead"), [(b'"source"', b"!source!"), (b'"sex"', b'"six"')])
+def test_a_damaged_description_of_a_sample_is_one_sentence(
+    phantom_shards, tmp_path, there, instead
+):
+    folder = shutil.copytree(phantom_shards, tmp_path / "shards")
+    path = next(folder.glob("train-*.tar"))
+    path.write_bytes(path.read_bytes().replace(there, instead, 1))
+    shards = ShardSet.open([folder], splits=["train"])
+    with pytest.raises(DataError, match=r"tells of [0-9a-f]+ is damaged; run 'mlvicx verify /"):
+        for sample in range(len(shards)):
+            shards.about(sample)

@@ -1,7 +1,5 @@
 """Looks: their number is that of the exported encoder, for any number of workers; nothing moves."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -115,7 +113,7 @@ def test_the_test_split_is_not_opened(phantom_shards, run, monkeypatch):
     monkeypatch.setattr(ShardSet, "open", classmethod(spy))
     judge = Judge(TARGET, run, ONE)
     assert sorted(set(opened)) == ["train", "val"]
-    splits = {json.loads(d.shards.json(sample))["split"] for d, sample in judge._chosen}
+    splits = {d.shards.about(sample)["split"] for d, sample in judge._chosen}
     assert splits == {"train", "val"}
 
 
