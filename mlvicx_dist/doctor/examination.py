@@ -215,6 +215,26 @@ class _Ward:
             step_s = config.train.batch_size / workers / rates["step"]
             yield findings.gradients(self._bytes_per_s, parameters, step_s)
 
+    def _check_memory(self, config: PretrainConfig) -> None:
+        """See that a worker fits where it would have least.
+
+        Raises:
+            ResourceError: it does not.
+        """
+        from mlvicx_dist.train.memory import check_memory
+
+        workers = config.workers
+        rooms = []
+        for facts in self._facts.values():
+            if workers.use_gpu:
+                rooms += [(gpu["memory_bytes"], 1) for gpu in facts["gpus"]]
+            elif facts["cpus"] >= workers.cpus_per_worker:
+                together = min(workers.num, facts["cpus"] // workers.cpus_per_worker)
+                rooms.append((facts["memory_bytes"], together))
+        if rooms:
+            there, together = min(rooms, key=lambda room: room[0] / room[1])
+            check_memory(config, workers.num, node_workers=together, where="a node", there=there)
+
     def _ask_rates(self, config: PretrainConfig, one: Mapping[str, float]) -> tuple[Any, Any]:
         """Have a worker's loader and its steps measured: by whom, and the answer to wait for.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import UserError
+from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whole
 
 EXCHANGE_BYTES = 2**25
@@ -60,6 +61,7 @@ class Probe:
             },
             "gpus": gpus,
             "cpus": len(os.sched_getaffinity(0)),
+            "memory_bytes": memory_bytes(gpu=False),
             "bf16": not bf16_in_software(),
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "shm_bytes": shm.free if shm else 0,
@@ -137,15 +139,11 @@ class Probe:
         """Images/s of one worker's loader and of its training steps, one after the other."""
         import torch
 
-        from mlvicx_dist.train.memory import check_memory
         from mlvicx_dist.train.rates import loader_rate
         from mlvicx_dist.train.source import open_shards
 
         torch.set_num_threads(config.workers.cpus_per_worker)
-        cores = len(os.sched_getaffinity(0)) // config.workers.cpus_per_worker
-        together = max(min(config.workers.num, cores), 1)
         try:
-            check_memory(config, config.workers.num, node_workers=together, where="a node")
             loader = loader_rate(config, open_shards(config))
             loader *= max(config.data.loader_workers, 1)
             return {"loader": loader, "step": _step_rate(config)}

@@ -58,19 +58,28 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
     return fixed + _step_peak(model, config, rows)
 
 
-def check_memory(config: PretrainConfig, world_size: int, *, node_workers: int, where: str) -> None:
-    """Refuse a group of which a worker would need more memory than it has on this node.
+def check_memory(
+    config: PretrainConfig,
+    world_size: int,
+    *,
+    node_workers: int,
+    where: str,
+    there: int | None = None,
+) -> None:
+    """Refuse a group of which a worker would need more memory than it has on a node.
 
     Args:
         config: The settings.
         world_size: Workers that share the batch.
-        node_workers: Workers that share this node's memory; each has a GPU of its own.
+        node_workers: Workers that share the node's memory; each has a GPU of its own.
         where: What errors call the node, such as "this machine".
+        there: The node's memory or that of its GPU, in bytes; None: this node's.
 
     Raises:
         ResourceError: there is less.
     """
-    there = memory_bytes(gpu=config.workers.use_gpu)
+    if there is None:
+        there = memory_bytes(gpu=config.workers.use_gpu)
     if there is None:
         return
     if not config.workers.use_gpu:
