@@ -110,13 +110,14 @@ def _start(*, deaf: bool, dashboard: bool) -> None:
     # Of a few trials' processes on two cores Ray would warn that they are many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     _hide_token()
+    folder = _own_folder()
     # A blocked signal stays blocked in the processes that are started meanwhile.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
     try:
         with _knowing_its_address() if dashboard else nullcontext():
             ray.init(
                 address="local",
-                _temp_dir=_own_folder(),
+                _temp_dir=folder,
                 num_cpus=len(os.sched_getaffinity(0)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=dashboard,

@@ -55,6 +55,7 @@ from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import say
 from mlvicx_dist.session import in_parallel, ray_session
 from mlvicx_dist.storage import Place, is_local, make_folder, place, write_whole
+from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
@@ -321,7 +322,9 @@ def _check_labels(plan: Plan) -> None:
     for name, method in learners.items():
         for task in plan.config.tasks:
             splits = [task.data.val, task.data.test]
-            unseen, _ = about_shards(task.data.shards, splits=list(dict.fromkeys(splits)))
+            unseen, _ = about_shards(
+                task.data.shards, splits=list(dict.fromkeys(splits)), cache=cache_of(task.data)
+            )
             where = f"methods.{name}, task {task.name}, its splits {' and '.join(splits)}"
             label_overlap(unseen, [], method.settings, where=where)
 

@@ -131,8 +131,9 @@ def _labels(
         config = run_config(run_dir)
     except UserError as error:
         return {"splits": trained["loss"]["label_splits"], "unknown": str(error).rstrip(".")}
-    tested, _ = about_shards(data.shards, splits=[data.test])
-    learned, _ = about_shards(data.shards, splits=list(dict.fromkeys([data.train, data.val])))
+    others, cache = list(dict.fromkeys([data.train, data.val])), cache_of(data)
+    tested, _ = about_shards(data.shards, splits=[data.test], cache=cache)
+    learned, _ = about_shards(data.shards, splits=others, cache=cache)
     return label_overlap(tested, learned, config, where=f"the split '{data.test}'")
 
 
