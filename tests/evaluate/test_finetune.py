@@ -45,7 +45,7 @@ def make_encoder():
 
 def labelled(folder, split):
     shards = ShardSet.open([folder], splits=[split])
-    known = [json.loads(shards.json(sample))["labels"]["disc"] for sample in range(len(shards))]
+    known = [shards.about(sample)["labels"]["disc"] for sample in range(len(shards))]
     return Labelled(shards, np.array(known, float)[:, None])
 
 
