@@ -3,10 +3,13 @@
 python benchmarks/step.py [--json]
 
 ResNet-18 at batch 16 and 32 and ResNet-50 at 16, on two threads, in float32, and in bf16 where the
-CPU has it. `published` is configs/pretrain/published.yaml written out plainly (published.py); ours
-has the same weights, the same loss and the same gradients (tests/model/test_published.py).
-lightly's VICReg has one projector of the same size on the same backbone without levels. All by
-turns; medians. Peak memory is what a step takes above the model, each in a process of its own.
+CPU has it. `published` is configs/pretrain/published.yaml written out plainly (published.py), as it
+was released: contiguous maps, memory as the C library hands it out. All others keep freed memory as
+our workers do (train/allocator.py), `published, channels_last` too, which has our memory format as
+well. Ours has the weights, the loss and the gradients of published (tests/model/test_published.py).
+lightly's VICReg has one projector of the same size on the same backbone without levels. Each is a
+process of its own; by turns; medians. Peak memory is what a first step takes above the model, where
+all hand freed memory back.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import timm
@@ -125,40 +130,72 @@ LIMITS = {
 }
 
 
-def peak(name: str, backbone: str, batch: int) -> float:
-    """What a step of a contender takes, in MB, in this process."""
-    torch.set_num_threads(THREADS)
-    return peak_mb(CONTENDERS[name](backbone, batch, "float32"))
+class Contender:
+    """One of them in a process of its own."""
+
+    step: Callable[[], None]
+
+    @classmethod
+    def prepare(cls, name: str, backbone: str, batch: int, precision: str, keeps: bool) -> None:
+        """Called there, first."""
+        torch.set_num_threads(THREADS)
+        if keeps:
+            keep_freed_memory()
+        cls.step = staticmethod(CONTENDERS[name](backbone, batch, precision))
+
+    @classmethod
+    def seconds(cls) -> float:
+        """Of a step."""
+        return seconds(cls.step)
+
+    @classmethod
+    def peak_mb(cls) -> float:
+        """What a step takes."""
+        return peak_mb(cls.step)
+
+
+def started(name: str, backbone: str, batch: int, precision: str, *, keeps: bool) -> Pool:
+    """The process of a contender."""
+    told = (name, backbone, batch, precision, keeps)
+    return multiprocessing.get_context("spawn").Pool(1, Contender.prepare, told)
+
+
+def times_of(backbone: str, batch: int, precision: str) -> dict[str, float]:
+    """Seconds of a step of each."""
+    with ExitStack() as stack:
+        pools = {
+            name: stack.enter_context(
+                started(name, backbone, batch, precision, keeps=name != "published")
+            )
+            for name in CONTENDERS
+        }
+        calls = {name: partial(pool.apply, Contender.seconds) for name, pool in pools.items()}
+        return by_turns(calls, rounds=ROUNDS)
 
 
 def measure() -> list[Row]:
     """Time, then memory."""
-    torch.set_num_threads(THREADS)
-    keep_freed_memory()
     rows = []
     for backbone, batch in (("resnet18", 16), ("resnet18", 32), ("resnet50", 16)):
         whole = {}
         for precision in ("float32",) if bf16_in_software() else ("float32", "bf16"):
-            steps = {name: make(backbone, batch, precision) for name, make in CONTENDERS.items()}
-            times = by_turns({n: partial(seconds, s) for n, s in steps.items()}, rounds=ROUNDS)
-            whole[precision] = times
+            whole[precision] = times = times_of(backbone, batch, precision)
             for other in list(CONTENDERS)[1:]:
                 name = f"{backbone}, batch {batch}, {precision}, against {other}"
                 limit = LIMITS.get((backbone, batch, precision, other))
                 rows.append(Row(name, times["ours"], times[other], "s", limit))
         if "bf16" in whole:
-            times = whole["bf16"]["ours"], whole["float32"]["published"]
+            two = whole["bf16"]["ours"], whole["float32"]["published"]
             name = f"{backbone}, batch {batch}, bf16, against published in float32"
             limit = 6.0 if (backbone, batch) == ("resnet18", 32) else None
-            rows.append(Row(name, *times, "s", limit))
-    # A process of its own, whose memory nobody has used before.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for other in ("published", "lightly VICReg"):
-            ours, theirs = (pool.apply(peak, (name, "resnet18", 32)) for name in ("ours", other))
-            limit = 1 / 0.6 if other == "published" else None
-            rows.append(
-                Row(f"resnet18, batch 32, peak memory against {other}", ours, theirs, "MB", limit)
-            )
+            rows.append(Row(name, *two, "s", limit))
+    peaks = {}
+    for name in ("ours", "published", "lightly VICReg"):
+        with started(name, "resnet18", 32, "float32", keeps=False) as pool:
+            peaks[name] = pool.apply(Contender.peak_mb)
+    for other, limit in (("published", 1 / 0.6), ("lightly VICReg", None)):
+        name = f"resnet18, batch 32, peak memory against {other}"
+        rows.append(Row(name, peaks["ours"], peaks[other], "MB", limit))
     return rows
 
 

@@ -149,7 +149,7 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
     steps = steps_of(config, open_shards(config), member)
     model = make_model(config, member)
     optimizer = make_optimizer(model, config.train)
-    wrapped = wrap(TwoViews(model), member, deterministic=config.train.deterministic)
+    wrapped = wrap(TwoViews(model), member, config.train)
     watch = Stopwatch(member.device)
     stream = stream_of(config, steps, member, start=0, stop=total)
 

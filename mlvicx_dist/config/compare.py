@@ -132,7 +132,7 @@ def _named(name: str, changes: dict[str, Any]) -> dict[str, Any]:
                 f"{name} changes {key}, but all methods share data, image size, batch, length and "
                 "seeds; it may change method, model.*, loss.*, the other views.*, train.init_from, "
                 "train.optimizer, train.learning_rate_per_256, train.weight_decay, "
-                "train.warmup_epochs and train.cosine_over"
+                "train.warmup_epochs, train.cosine_over, train.precision and train.gradients"
             )
         if method == PIXELS or (method == UNTRAINED and key.split(".")[0] in ("loss", "views")):
             raise ValueError(f"{name} changes {key}, which has no effect on {method}; leave it out")

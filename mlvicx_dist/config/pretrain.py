@@ -23,9 +23,12 @@ METHODS: dict[str, str] = {
 """What pages call them."""
 MAY_VARY = re.compile(
     r"^(loss|model|views)\.|"
-    r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over)$"
+    r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over|precision|"
+    r"gradients)$"
 )
 """What makes two runs other than each other, yet leaves a step of one the step of another."""
+Precision = Literal["float32", "bf16"]
+NUMBER_BYTES: dict[Precision, int] = {"float32": 4, "bf16": 2}
 PREDICTOR_WIDTH = 512
 """SimSiam's own (Chen and He 2021, section 3)."""
 
@@ -210,8 +213,10 @@ class Train(Settings):
     """Epochs in which the learning rate rises from 0 to its peak."""
     cosine_over: Literal["after_warmup", "all_steps"] = "after_warmup"
     """Whether the cosine fills what is left after the warm-up, or is as long as the run."""
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "float32"
     """Of forward and backward; the loss is float32 at least."""
+    gradients: Precision = "float32"
+    """In which workers exchange gradients; in bf16 half as many bytes, rounded before the sum."""
     recompute: bool = False
     """Keep only the level maps for backward and compute the rest again: less memory, more time."""
     deterministic: bool = False

@@ -213,7 +213,7 @@ class _Ward:
         yield findings.loading(rates["loader"], rates["step"])
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
-            yield findings.gradients(self._bytes_per_s, parameters, step_s)
+            yield findings.gradients(self._bytes_per_s, parameters, step_s, config.train.gradients)
 
     def _check_memory(self, config: PretrainConfig) -> None:
         """See that a worker fits where it would have least.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.config import NUMBER_BYTES, Precision, PretrainConfig
 
 OPEN_FILES = 4096
 """Sockets and shards of a node with many workers; Ray itself warns below this."""
@@ -254,15 +254,20 @@ def exchange(bytes_per_s: float) -> Finding:
     return Finding("exchange", "ok", f"{bytes_per_s / 1e9:.2g} GB/s all-reduced between nodes")
 
 
-def gradients(bytes_per_s: float, parameters: int, step_s: float) -> Finding:
+def gradients(
+    bytes_per_s: float, parameters: int, step_s: float, precision: Precision = "float32"
+) -> Finding:
     """What exchanging the gradients of so many parameters costs, beside a step's seconds."""
-    seconds = 4 * parameters / bytes_per_s
+    seconds = NUMBER_BYTES[precision] * parameters / bytes_per_s
     words = (
         f"{_seconds(seconds)} for those of {parameters / 1e6:.0f} million parameters, where a step "
         f"takes {_seconds(step_s)}"
     )
     if seconds > EXCHANGE_SHARE * step_s:
-        remedy = "use fewer and larger nodes, a faster network between them, or a larger batch"
+        remedy = (
+            "use fewer and larger nodes, a faster network between them, a larger batch, or "
+            "train.gradients=bf16"
+        )
         return Finding("gradients", "warn", words, remedy)
     return Finding("gradients", "ok", words)
 

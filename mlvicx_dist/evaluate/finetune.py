@@ -268,7 +268,7 @@ def train_classifier(
     model.to(member.device)
     rates = _rates(tune)
     optimizer = make_optimizer(model, rates)
-    wrapped = wrap(model, member, deterministic=False)
+    wrapped = wrap(model, member, rates)
     steps = Steps(
         train.shards,
         _views(tune, look.size_px),

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlvicx_dist.config import LocalHead as LocalSettings
 from mlvicx_dist.config import Projector as ProjectorSettings
@@ -83,6 +84,21 @@ def projector(settings: ProjectorSettings, features: int) -> nn.Sequential:
     if settings.last_norm:
         layers.append(nn.BatchNorm1d(settings.width))
     return nn.Sequential(*layers)
+
+
+def through(layers: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views, [B, F] each, through a projector or predictor: [B, D] each.
+
+    A linear layer takes all of them in one product, so that its weights are read once and their
+    gradient is whole before that of the encoder begins; a batch norm takes each by itself, in turn.
+    """
+    x = torch.cat(list(views))
+    for layer in layers if isinstance(layers, nn.Sequential) else [layers]:
+        if isinstance(layer, _BatchNorm):
+            x = torch.cat([layer(view) for view in x.chunk(len(views))])
+        else:
+            x = layer(x)
+    return list(x.chunk(len(views)))
 
 
 def predictor(width: int, features: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlvicx_dist.config import Model
-from mlvicx_dist.model.heads import LocalHead, predictor, projector
+from mlvicx_dist.model.heads import LocalHead, predictor, projector, through
 from mlvicx_dist.model.levels import GatedBackbone
 
 
@@ -53,22 +53,26 @@ class MLVICX(nn.Module):
             `global`, or where there are K classes their logits [B, K]; `local` or one `level<n>`
             for each chosen level; `prediction` where there is a predictor.
         """
-        return self.project(self.encoder(view))
+        (embeddings,) = self.project(self.encoder(view))
+        return embeddings
 
     def representation(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """What is kept after pretraining: the average pool of the last map, [B, F]."""
         return maps[-1].mean((2, 3))
 
-    def project(self, maps: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The maps of all levels to embeddings."""
-        embeddings = {"global": self.global_projector(self.representation(maps))}
+    def project(self, *views: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The maps of all levels of one view, or of several of as many images: their embeddings."""
+        kinds = {
+            "global": through(self.global_projector, [self.representation(maps) for maps in views])
+        }
         if self.local_names:
-            vectors = self.local_head([maps[level] for level in self.encoder.levels])
-            for name, vector in zip(self.local_names, vectors, strict=True):
-                embeddings[name] = self.local_projectors[name](vector)
+            levels = self.encoder.levels
+            vectors = [self.local_head([maps[level] for level in levels]) for maps in views]
+            for name, together in zip(self.local_names, zip(*vectors, strict=True), strict=True):
+                kinds[name] = through(self.local_projectors[name], together)
         if self.predictor:
-            embeddings["prediction"] = self.predictor(embeddings["global"])
-        return embeddings
+            kinds["prediction"] = through(self.predictor, kinds["global"])
+        return [dict(zip(kinds, view, strict=True)) for view in zip(*kinds.values(), strict=True)]
 
 
 def build_model(settings: Model, seed: int | None = None) -> MLVICX:

@@ -1,9 +1,9 @@
 """From counted work, a device and a group to the seconds of a step: pure functions.
 
-A step is forward, backward, terms of the loss and optimizer, one after the other; beside the second
-half of the backward the gradients are all-reduced, and beside the whole step the next batch is
-loaded. Of both views' backward the first half makes no gradient ready: a parameter's is there when
-both views have added to it.
+A step is forward, backward, terms of the loss and optimizer, one after the other; beside the
+backward the gradients are all-reduced, and beside the whole step the next batch is loaded. Those of
+the projectors are whole when the backward begins with the encoder; of the encoder's the first half
+of both views' backward makes none ready, since both views add to each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from mlvicx_dist.plan.rates import Rates
 from mlvicx_dist.plan.work import NORM, REST_OPS, Exchange, Op, Work
 
-OVERLAPPED = 0.5
-"""What of a backward the gradients' all-reduce can pass beside."""
+BOTH = 0.5
+"""What of a backward has passed when the first gradient of the encoder is whole."""
 NORM_OPS = 8
 """Operations that a batch norm of the group has more than one of a single worker."""
 
@@ -155,7 +155,9 @@ def estimate(
     waiting_s = max(launches * launch_s - running_s, 0.0)
     # Where the host is late the backward is as much longer.
     backward_s *= 1 + waiting_s / running_s
-    gradients_s = group.all_reduce_s(exchange.gradient_bytes)
+    early_s = group.all_reduce_s(exchange.early_bytes)
+    late_s = group.all_reduce_s(exchange.gradient_bytes - exchange.early_bytes)
+    gradients_s = max(early_s, BOTH * backward_s) + late_s
     moved_s = group.all_reduce_s(exchange.loss_bytes) + group.gather_s(exchange.gathered_bytes)
     norms = exchange.gathers + exchange.reductions
     hops_s = exchange.gathers * group.gather_hops_s + exchange.reductions * group.reduce_hops_s
@@ -163,7 +165,7 @@ def estimate(
         arithmetic=bounds["arithmetic"],
         memory=bounds["memory"],
         launches=waiting_s,
-        gradients=0.0 if alone else max(gradients_s - OVERLAPPED * backward_s, 0.0),
+        gradients=0.0 if alone else max(gradients_s - backward_s, 0.0),
         embeddings=0.0 if alone else moved_s,
         statistics=0.0 if alone else hops_s + norms * launch_s,
         loader=work.rows / loader_images_per_s,

@@ -85,8 +85,8 @@ class Machines:
             f"an exchange reaches {group.link_bytes_per_s / 1e9:.3g} GB/s and "
             f"{group.link_hop_s * 1e6:g} us a hop in a machine, "
             f"{group.network_bytes_per_s / 1e9:.3g} GB/s a machine and "
-            f"{group.network_hop_s * 1e6:g} us between them; gradients pass beside half of the "
-            "backward"
+            f"{group.network_hop_s * 1e6:g} us between them; the projectors' gradients pass "
+            "beside the backward, the encoder's beside half of it"
         )
 
 

@@ -16,8 +16,8 @@ REMEDIES = {
     "memory": "train.precision=bf16 where it is float32, smaller views, or a GPU whose memory is "
     "faster",
     "launches": "more images a GPU: fewer GPUs, or a larger train.batch_size",
-    "gradients": "a faster network, fewer and larger machines, a smaller model.projector.width, or "
-    "more images a GPU",
+    "gradients": "a faster network, fewer and larger machines, train.gradients=bf16 where it is "
+    "float32, a smaller model.projector.width, or more images a GPU",
     "embeddings": "a faster network, or a smaller model.projector.width",
     "statistics": "fewer and larger machines, a network with less delay, or more images a GPU",
     "loader": "more data.loader_workers, machines with more cores, or smaller stored images",

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlvicx_dist.config import SUPERVISED, Method, PretrainConfig
+from mlvicx_dist.config import NUMBER_BYTES, SUPERVISED, Method, Precision, PretrainConfig
 from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.stream.augment import blur_reaches
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
@@ -34,10 +34,8 @@ REST_OPS = 350
 """Operations of photometrics, terms of the loss and optimizer, which `Work.rest` sums up."""
 OPTIMIZER = "optimizer"
 """The name of all its operations together."""
-FLOAT_BYTES = 4
+FLOAT_BYTES = NUMBER_BYTES["float32"]
 NORM, NORM_BACKWARD = "native_batch_norm", "native_batch_norm_backward"
-
-Precision = Literal["bf16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,8 @@ class Work:
         rest: Photometrics, terms of the loss, optimizer.
         parameters: Numbers that the model has.
         trained: Numbers of them that are trained.
+        gradient_bytes: Their gradients, as workers exchange them.
+        early_bytes: Of those, what lies behind the encoder, whose gradients are whole first.
         widths: D of each embedding, both views.
         method: Whose loss it is.
     """
@@ -125,6 +125,8 @@ class Work:
     rest: tuple[Op, ...]
     parameters: int
     trained: int
+    gradient_bytes: int
+    early_bytes: int
     widths: tuple[int, ...]
     method: Method = "mlvicx"
 
@@ -162,7 +164,11 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
             embeddings = embed(model, config, views)
         with Counter() as backward:
             back(embeddings)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained, encoded = (
+        sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for part in (model, model.encoder)
+    )
+    number_bytes = NUMBER_BYTES[config.train.gradients]
     widths = tuple(x.shape[1] for x in embeddings)
     rest = [
         *photometric_ops(config, rows),
@@ -180,6 +186,8 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         tuple(rest),
         sum(p.numel() for p in model.parameters()),
         trained,
+        number_bytes * trained,
+        number_bytes * (trained - encoded),
         widths,
         config.method,
     )
@@ -248,6 +256,7 @@ class Exchange:
 
     Attributes:
         gradient_bytes: Of the trained parameters, all-reduced.
+        early_bytes: Of those, what is ready when the backward reaches the encoder.
         loss_bytes: Sums of embeddings and D x D products, all-reduced.
         gathered_bytes: Embeddings of the global batch, gathered.
         gathers: How often something is gathered.
@@ -255,6 +264,7 @@ class Exchange:
     """
 
     gradient_bytes: int
+    early_bytes: int
     loss_bytes: int
     gathered_bytes: int
     gathers: int
@@ -265,7 +275,8 @@ def exchange_of(work: Work, batch: int) -> Exchange:
     """What a step exchanges; batch norm gathers statistics forward and sums gradients backward."""
     if work.method in FROM_LIBRARY:
         return Exchange(
-            gradient_bytes=FLOAT_BYTES * work.trained,
+            gradient_bytes=work.gradient_bytes,
+            early_bytes=work.early_bytes,
             loss_bytes=0,
             gathered_bytes=FLOAT_BYTES * batch * sum(work.widths),
             gathers=work.times(NORM) + len(work.widths),
@@ -273,7 +284,8 @@ def exchange_of(work: Work, batch: int) -> Exchange:
         )
     if work.method == SUPERVISED:
         return Exchange(
-            gradient_bytes=FLOAT_BYTES * work.trained,
+            gradient_bytes=work.gradient_bytes,
+            early_bytes=work.early_bytes,
             loss_bytes=2 * FLOAT_BYTES,
             gathered_bytes=0,
             gathers=work.times(NORM),
@@ -282,7 +294,8 @@ def exchange_of(work: Work, batch: int) -> Exchange:
     narrow = [width for width in work.widths if batch < width]
     wide = [width for width in work.widths if batch >= width]
     return Exchange(
-        gradient_bytes=FLOAT_BYTES * work.trained,
+        gradient_bytes=work.gradient_bytes,
+        early_bytes=work.early_bytes,
         loss_bytes=FLOAT_BYTES * (2 * sum(work.widths) + sum(width**2 for width in wide)),
         gathered_bytes=FLOAT_BYTES * batch * sum(narrow),
         gathers=work.times(NORM) + bool(narrow),

@@ -94,7 +94,7 @@ def train(
     model = make_model(config, member)
     optimizer = make_optimizer(model, config.train)
     start = done = _resume(run_dir, model, optimizer, config, member, said.append)
-    wrapped = wrap(TwoViews(model), member, deterministic=config.train.deterministic)
+    wrapped = wrap(TwoViews(model), member, config.train)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock()
     begin = {"step": start, "steps": total, "world_size": member.world_size}

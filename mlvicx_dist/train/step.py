@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from mlvicx_dist.config import SUPERVISED, Loss, Model, PretrainConfig, VicWeights
+from mlvicx_dist.config import SUPERVISED, Loss, Model, PretrainConfig, Train, VicWeights
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
@@ -58,9 +59,9 @@ class TwoViews(nn.Module):
         self, first: torch.Tensor, second: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
         """The embeddings of both views and view 1's representation without gradient, [b, F]."""
-        maps = self.model.encoder(first)
-        representation = self.model.representation(maps).detach()
-        return self.model.project(maps), self.model(second), representation
+        maps = self.model.encoder(first), self.model.encoder(second)
+        embeddings1, embeddings2 = self.model.project(*maps)
+        return embeddings1, embeddings2, self.model.representation(maps[0]).detach()
 
 
 def random_model(config: PretrainConfig) -> Model:
@@ -94,20 +95,23 @@ def make_model(config: PretrainConfig, member: Member) -> MLVICX:
     return model.to(member.device)
 
 
-def wrap(model: nn.Module, member: Member, *, deterministic: bool) -> nn.Module:
+def wrap(model: nn.Module, member: Member, settings: Train) -> nn.Module:
     """The model as a worker of a group calls it."""
     if member.world_size == 1:
         return model
     # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
     # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
     # unused parameters, so a run that must be bitwise repeatable has it look.
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[member.device] if member.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=deterministic,
+        find_unused_parameters=settings.deterministic,
     )
+    if settings.gradients == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def train_step(

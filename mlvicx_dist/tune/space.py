@@ -218,7 +218,7 @@ def open_space(config: SweepConfig) -> Space:
         if not MAY_VARY.match(key):
             raise ConfigError(
                 f"space.{key}: trials must be alike in it to be compared; vary settings below "
-                "loss, model and views, or the optimizer's."
+                "loss, model and views, the optimizer's or the precision."
             )
         for value in [*dimension.ends(), *_between(dimension)]:
             _check_value(space, key, value)

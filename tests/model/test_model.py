@@ -110,7 +110,7 @@ def test_every_family_is_gated_at_its_own_levels_and_all_of_it_is_trained(name):
     maps = model.encoder(view)
     assert len(seen) == len(model.encoder.levels) == len(maps)
     assert all(m is g for m, g in zip(maps, seen, strict=True))
-    embeddings = model.project(maps)
+    (embeddings,) = model.project(maps)
     assert {k: list(v.shape) for k, v in embeddings.items()} == {
         "global": [2, 16],
         "local": [2, 16],

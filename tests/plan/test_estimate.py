@@ -35,12 +35,14 @@ def work(**changes):
         "rest": (Op("mul", 0, 1e11),),
         "parameters": 10,
         "trained": 10,
+        "gradient_bytes": 40,
+        "early_bytes": 30,
         "widths": (4, 4),
     }
     return Work(**{**plain, **changes})
 
 
-def seconds(workers=1, exchange=(0, 0, 0, 0, 0), launch_s=0.0, loader=1e9, **changes):
+def seconds(workers=1, exchange=(0, 0, 0, 0, 0, 0), launch_s=0.0, loader=1e9, **changes):
     return estimate(
         work(),
         Exchange(*exchange),
@@ -78,18 +80,21 @@ def test_an_operation_takes_the_longer_of_its_products_and_its_bytes():
     assert gpu.bound(Op("mul", 0, 1e9)) == "memory"
 
 
-def test_gradients_pass_beside_half_of_the_backward():
+def test_the_projectors_gradients_pass_beside_the_backward_and_the_others_beside_half_of_it():
     # 8 workers of one machine: 100 GB take 1.75 s, of which a second passes beside.
-    assert seconds(8, (100 * 10**9, 0, 0, 0, 0)).gradients == pytest.approx(0.75)
-    assert seconds(8, (50 * 10**9, 0, 0, 0, 0)).gradients == 0
-    slow = seconds(8, (100 * 10**9, 0, 0, 0, 0), link_bytes_per_s=10e9)
+    assert seconds(8, (100 * 10**9, 0, 0, 0, 0, 0)).gradients == pytest.approx(0.75)
+    assert seconds(8, (50 * 10**9, 0, 0, 0, 0, 0)).gradients == 0
+    # What is ready at once takes 1.4 s of the 2 s, and what is ready after one second the rest.
+    assert seconds(8, (100 * 10**9, 80 * 10**9, 0, 0, 0, 0)).gradients == 0
+    assert seconds(8, (200 * 10**9, 160 * 10**9, 0, 0, 0, 0)).gradients == pytest.approx(1.5)
+    slow = seconds(8, (100 * 10**9, 0, 0, 0, 0, 0), link_bytes_per_s=10e9)
     assert slow.gradients == pytest.approx(16.5)
     assert slow.bottleneck == "gradients"
     assert slow.step == pytest.approx(3.1 + 16.5)
 
 
 def test_the_exchange_of_the_loss_and_of_statistics_waits():
-    found = seconds(8, (0, 100 * 10**9, 100 * 10**9, 10, 20))
+    found = seconds(8, (0, 0, 100 * 10**9, 100 * 10**9, 10, 20))
     assert found.embeddings == pytest.approx(1.75 + 0.875)
     assert found.statistics == pytest.approx(10 * 7e-6 + 20 * 14e-6)
     assert found.step == pytest.approx(3.1 + 2.625 + 35e-5)

@@ -205,6 +205,10 @@ def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
 
     exchange = exchange_of(work, 8)
     assert exchange.gradient_bytes == 4 * sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    assert exchange.early_bytes == exchange.gradient_bytes - 4 * encoder
+    halved = config(model__projector={"width": width}, train__batch_size=8, train__gradients="bf16")
+    assert 2 * exchange_of(count_work(halved, 4), 8).gradient_bytes == exchange.gradient_bytes
     assert (exchange.gathers, exchange.reductions) == (len(gathered), len(reduced))
     assert exchange.gathered_bytes == ours[0]
     # Beside them the terms themselves are summed, a few numbers.
