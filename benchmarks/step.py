@@ -4,12 +4,11 @@ python benchmarks/step.py [--json]
 
 ResNet-18 at batch 16 and 32 and ResNet-50 at 16, on two threads, in float32, and in bf16 where the
 CPU has it. `published` is configs/pretrain/published.yaml written out plainly (published.py), as it
-was released: contiguous maps, memory as the C library hands it out. All others keep freed memory as
-our workers do (train/allocator.py), `published, channels_last` too, which has our memory format as
-well. Ours has the weights, the loss and the gradients of published (tests/model/test_published.py).
-lightly's VICReg has one projector of the same size on the same backbone without levels. Each is a
-process of its own; by turns; medians. Peak memory is what a first step takes above the model, where
-all hand freed memory back.
+was released and with our memory format; its memory is handed out as the C library does. The others
+keep freed memory as our workers do (train/allocator.py). Ours has the weights, the loss and the
+gradients of published (tests/model/test_published.py). lightly's VICReg has one projector of the
+same size on the same backbone without levels. Each is a process of its own; by turns; medians. Peak
+memory is what a first step takes above the model, where all hand freed memory back.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import timm
@@ -154,22 +153,28 @@ class Contender:
         return peak_mb(cls.step)
 
 
-def started(name: str, backbone: str, batch: int, precision: str, *, keeps: bool) -> Pool:
+def started(
+    name: str, backbone: str, batch: int, precision: str, *, keeps: bool
+) -> ProcessPoolExecutor:
     """The process of a contender."""
     told = (name, backbone, batch, precision, keeps)
-    return multiprocessing.get_context("spawn").Pool(1, Contender.prepare, told)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, Contender.prepare, told)
+
+
+def asked(process: ProcessPoolExecutor, what: Callable[[], float]) -> float:
+    """What a contender answers."""
+    return process.submit(what).result()
 
 
 def times_of(backbone: str, batch: int, precision: str) -> dict[str, float]:
     """Seconds of a step of each."""
     with ExitStack() as stack:
-        pools = {
-            name: stack.enter_context(
-                started(name, backbone, batch, precision, keeps=name != "published")
-            )
-            for name in CONTENDERS
-        }
-        calls = {name: partial(pool.apply, Contender.seconds) for name, pool in pools.items()}
+        calls = {}
+        for name in CONTENDERS:
+            keeps = not name.startswith("published")
+            process = stack.enter_context(started(name, backbone, batch, precision, keeps=keeps))
+            calls[name] = partial(asked, process, Contender.seconds)
         return by_turns(calls, rounds=ROUNDS)
 
 
@@ -191,8 +196,8 @@ def measure() -> list[Row]:
             rows.append(Row(name, *two, "s", limit))
     peaks = {}
     for name in ("ours", "published", "lightly VICReg"):
-        with started(name, "resnet18", 32, "float32", keeps=False) as pool:
-            peaks[name] = pool.apply(Contender.peak_mb)
+        with started(name, "resnet18", 32, "float32", keeps=False) as process:
+            peaks[name] = asked(process, Contender.peak_mb)
     for other, limit in (("published", 1 / 0.6), ("lightly VICReg", None)):
         name = f"resnet18, batch 32, peak memory against {other}"
         rows.append(Row(name, peaks["ours"], peaks[other], "MB", limit))

@@ -1,11 +1,16 @@
-"""The whole way, as a user walks it: the demo, and real radiographs by the README's commands."""
+"""The whole way, as a user walks it: the demo, the tutorial, and real radiographs by the README."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from mlvicx_dist.ingest.sources.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 MLVICX = [sys.executable, "-m", "mlvicx_dist"]
@@ -86,3 +91,57 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     assert probed.returncode == 0, probed.stderr
     assert 0.5 < json.loads(probed.stdout)["probe"]["pretrained"]["pneumonia"]["value"] < 1
     assert run(*MLVICX, "verify", str(tmp_path / "kermany")).returncode == 0
+
+
+WALKED = (
+    "Pack",
+    "Pretrain",
+    "Is it better?",
+    "Hand it on",
+    "Several nodes on this machine",
+)
+SHORT = f"""\
+#!/bin/sh
+command=$1
+shift
+case $command in
+  pretrain) exec {sys.executable} -m mlvicx_dist pretrain "$@" \\
+    --set train.epochs=2 --set train.warmup_epochs=0 --set views.image_size_px=48 ;;
+  *) exec {sys.executable} -m mlvicx_dist "$command" "$@" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tutorial_as_it_is_typed(tmp_path):
+    """What its blocks say, line by line; trainings are short and their views small."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    typed = "\n".join(
+        line for name in WALKED for line in re.findall("^ {4}(.*)$", sections[name], re.M)
+    )
+    assert typed.count("mlvicx ") > 8 and "laptop.sh down" in typed
+    for name in ("cluster", "configs", "sharding"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_phantoms(tmp_path / "drawn", 300, size_px=64)
+    for number, path in enumerate(sorted((tmp_path / "drawn").rglob("*.[dp][cn][mg]"))):
+        there = tmp_path / "images" / ("odd" if number % 2 else "even") / path.name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(there)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mlvicx").write_text(SHORT)
+    (tmp_path / "bin" / "mlvicx").chmod(0o755)
+    path = os.pathsep.join((str(tmp_path / "bin"), str(Path(sys.executable).parent)))
+    with tempfile.TemporaryDirectory(prefix="walk") as short:
+        # The path of a Unix socket is short.
+        env = {**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": short}
+        try:
+            done = run("bash", "-euxc", typed, cwd=tmp_path, env=env)
+            assert done.returncode == 0, done.stderr[-3000:]
+        finally:
+            run("cluster/laptop.sh", "down", cwd=tmp_path, env=env)
+    report = (tmp_path / "runs" / "mine" / "report.html").read_text()
+    assert "untrained" in report
+    assert (tmp_path / "embeddings.parquet").stat().st_size > 1e5
+    assert json.loads((tmp_path / "runs" / "three" / "metrics.jsonl").read_text().splitlines()[-1])
