@@ -12,6 +12,7 @@ import generate
 import pytest
 import yaml
 
+from mlvicx_dist.cli import main
 from mlvicx_dist.config import (
     CompareConfig,
     EvaluateConfig,
@@ -186,3 +187,14 @@ def test_commands_are_understood(page):
         except Exception as error:
             error.add_note(shlex.join(words))
             raise
+
+
+@pytest.mark.slow
+def test_every_plan_of_a_page_can_be_made(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    told = [words[1:] for page in PAGES for words in commands(page.read_text())]
+    plans = {tuple(words) for words in told if words[:1] == ["plan"] and len(words) > 2}
+    assert len(plans) > 3
+    for words in sorted(plans):
+        assert main(list(words)) == 0, shlex.join(words)
+        assert "bottleneck" in capsys.readouterr().out
