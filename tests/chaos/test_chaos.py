@@ -18,7 +18,6 @@ from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.storage import place
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
-short = pytest.mark.slow
 RECOVERY_S = 30.0
 
 
@@ -44,7 +43,7 @@ def kill(pid):
     return lambda: os.kill(pid, signal.SIGKILL)
 
 
-@short
+@pytest.mark.slow
 def test_a_machine_on_a_bad_day(attacked, steps_per_epoch):
     run = attacked()
     run.start()
@@ -137,7 +136,6 @@ class slowed:  # noqa: N801
         self.thread.join()
 
 
-@short
 def test_a_cluster_whose_nodes_come_and_go(attacked, laptop, s3_server, steps_per_epoch):
     # The nodes' processes take the store's address from this environment.
     laptop.up(nodes=2, cpus=1)
@@ -210,7 +208,6 @@ def test_a_job_that_is_stopped_saves_first(attacked, laptop, steps_per_epoch):
     check_epochs(found, steps_per_epoch, BATCH)
 
 
-@short
 def test_a_store_that_is_lost_and_regained(attacked, phantom_shards, s3_server, steps_per_epoch):
     # Shards and run lie in the store; its absence is shorter than anybody's patience.
     upload(phantom_shards, s3_server)
@@ -235,7 +232,6 @@ def test_a_store_that_is_lost_and_regained(attacked, phantom_shards, s3_server, 
     check_epochs(found, steps_per_epoch, BATCH)
 
 
-@short
 def test_a_shard_that_is_gone_stops_the_run_by_its_name(attacked, phantom_shards, tmp_path):
     shards = shutil.copytree(phantom_shards, tmp_path / "shards")
     run = attacked(shards=shards)
