@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mlvicx_dist.plan.rates import Rates
 from mlvicx_dist.plan.work import NORM, REST_OPS, Exchange, Op, Work
 
-BOTH = 0.5
+ENCODER_BEGINS = 0.5
 """What of a backward has passed when the first gradient of the encoder is whole."""
 NORM_OPS = 8
 """Operations that a batch norm of the group has more than one of a single worker."""
@@ -157,7 +157,7 @@ def estimate(
     backward_s *= 1 + waiting_s / running_s
     early_s = group.all_reduce_s(exchange.early_bytes)
     late_s = group.all_reduce_s(exchange.gradient_bytes - exchange.early_bytes)
-    gradients_s = max(early_s, BOTH * backward_s) + late_s
+    gradients_s = max(early_s, ENCODER_BEGINS * backward_s) + late_s
     moved_s = group.all_reduce_s(exchange.loss_bytes) + group.gather_s(exchange.gathered_bytes)
     norms = exchange.gathers + exchange.reductions
     hops_s = exchange.gathers * group.gather_hops_s + exchange.reductions * group.reduce_hops_s
