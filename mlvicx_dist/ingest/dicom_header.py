@@ -17,7 +17,6 @@ BROKEN = (
     ValueError,
     RuntimeError,
     AttributeError,
-    NotImplementedError,
     KeyError,
     TypeError,
     IndexError,
