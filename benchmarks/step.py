@@ -7,17 +7,17 @@ CPU has it. `published` is configs/pretrain/published.yaml written out plainly (
 was released and with our memory format; its memory is handed out as the C library does. The others
 keep freed memory as our workers do (train/allocator.py). Ours has the weights, the loss and the
 gradients of published (tests/model/test_published.py). lightly's VICReg has one projector of the
-same size on the same backbone without levels. Each is a process of its own; by turns; medians. Peak
-memory is what a first step takes above the model, where all hand freed memory back.
+same size on the same backbone without levels. Ours and each of them by turns, in processes of their
+own; medians. Peak memory is what a first step takes above the model, where all hand freed memory
+back.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import timm
 import torch
 from lightly.loss import VICRegLoss
 from published import Published, projector, published_loss
-from table import Row, by_turns, main, peak_mb, seconds
+from table import Row, interleaved, main, peak_mb, seconds
 from torch import nn
 
 from mlvicx_dist.config import PretrainConfig, load_as
@@ -167,41 +167,43 @@ def asked(process: ProcessPoolExecutor, what: Callable[[], float]) -> float:
     return process.submit(what).result()
 
 
-def times_of(backbone: str, batch: int, precision: str) -> dict[str, float]:
-    """Seconds of a step of each."""
-    with ExitStack() as stack:
-        calls = {}
-        for name in CONTENDERS:
-            keeps = not name.startswith("published")
-            process = stack.enter_context(started(name, backbone, batch, precision, keeps=keeps))
-            calls[name] = partial(asked, process, Contender.seconds)
-        return by_turns(calls, rounds=ROUNDS)
+def against(ours: tuple[str, int, str], other: str, precision: str) -> tuple[float, float]:
+    """Seconds of our step and of another's at its precision, by turns."""
+    backbone, batch, _ = ours
+    keeps = not other.startswith("published")
+    with (
+        started("ours", *ours, keeps=True) as mine,
+        started(other, backbone, batch, precision, keeps=keeps) as theirs,
+    ):
+        return interleaved(
+            partial(asked, mine, Contender.seconds),
+            partial(asked, theirs, Contender.seconds),
+            rounds=ROUNDS,
+        )
 
 
-def measure() -> list[Row]:
+def measure() -> Iterator[Row]:
     """Time, then memory."""
-    rows = []
     for backbone, batch in (("resnet18", 16), ("resnet18", 32), ("resnet50", 16)):
-        whole = {}
         for precision in ("float32",) if bf16_in_software() else ("float32", "bf16"):
-            whole[precision] = times = times_of(backbone, batch, precision)
             for other in list(CONTENDERS)[1:]:
                 name = f"{backbone}, batch {batch}, {precision}, against {other}"
                 limit = LIMITS.get((backbone, batch, precision, other))
-                rows.append(Row(name, times["ours"], times[other], "s", limit))
-        if "bf16" in whole:
-            two = whole["bf16"]["ours"], whole["float32"]["published"]
+                yield Row(
+                    name, *against((backbone, batch, precision), other, precision), "s", limit
+                )
+        if not bf16_in_software():
             name = f"{backbone}, batch {batch}, bf16, against published in float32"
             limit = 6.0 if (backbone, batch) == ("resnet18", 32) else None
-            rows.append(Row(name, *two, "s", limit))
+            times = against((backbone, batch, "bf16"), "published", "float32")
+            yield Row(name, *times, "s", limit)
     peaks = {}
     for name in ("ours", "published", "lightly VICReg"):
         with started(name, "resnet18", 32, "float32", keeps=False) as process:
             peaks[name] = asked(process, Contender.peak_mb)
     for other, limit in (("published", 1 / 0.6), ("lightly VICReg", None)):
         name = f"resnet18, batch 32, peak memory against {other}"
-        rows.append(Row(name, peaks["ours"], peaks[other], "MB", limit))
-    return rows
+        yield Row(name, peaks["ours"], peaks[other], "MB", limit)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,12 +86,15 @@ def _status_mb(name: str) -> float:
     raise KeyError(name)
 
 
-def main(description: str, measure: Callable[[], Sequence[Row]]) -> int:
-    """Measure and print; `--json` as one document on stdout."""
+def main(description: str, measure: Callable[[], Iterable[Row]]) -> int:
+    """Measure and print; `--json` as one document on stdout, while each row is told on stderr."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
-    rows = measure()
+    rows = []
+    for row in measure():
+        rows.append(row)
+        print(f"{row.name}: {row.ours:.4g} and {row.theirs:.4g} {row.unit}", file=sys.stderr)
     if options.json:
         about = {**machine(), **library_versions()}
         listed = [{**asdict(row), "ratio": row.ratio} for row in rows]
