@@ -25,7 +25,7 @@ from mlvicx_dist.progress import progress
 from mlvicx_dist.session import on_cluster, scratch
 from mlvicx_dist.storage import told, write_whole
 from mlvicx_dist.stream.loader import Batch
-from mlvicx_dist.train.drive import cluster, fitted, trainer
+from mlvicx_dist.train.group import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of, with_classes

@@ -174,7 +174,7 @@ class _Ward:
     def run(self, config: PretrainConfig) -> Iterator[Finding]:
         """What a run needs: room, shards, storage, a loader that keeps up."""
         from mlvicx_dist.stream.cache import RemoteShard
-        from mlvicx_dist.train.drive import each
+        from mlvicx_dist.train.group import each
         from mlvicx_dist.train.launch import check_model, check_workers
         from mlvicx_dist.train.source import open_shards, with_classes
 

@@ -59,7 +59,6 @@ from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
-from mlvicx_dist.train.drive import each
 from mlvicx_dist.train.fingerprint import (
     accept_fingerprint,
     check_fingerprint,
@@ -67,6 +66,7 @@ from mlvicx_dist.train.fingerprint import (
     read_fingerprint,
     weights_digest,
 )
+from mlvicx_dist.train.group import each
 from mlvicx_dist.train.launch import (
     Outcome,
     absolute,

@@ -85,7 +85,7 @@ def check_fine_tune(settings: EvaluateConfig, tune: FineTune) -> None:
         DataError: the batch is larger than the training split.
         ResourceError: there is no room for the workers.
     """
-    from mlvicx_dist.train.drive import check_room
+    from mlvicx_dist.train.group import check_room
 
     split = settings.data.train
     images = len(ShardSet.open(settings.data.shards, splits=[split]))
@@ -124,7 +124,7 @@ def fine_tune(
         UserError: there are fewer cores than workers, nothing is heard of them, or the training
             diverges.
     """
-    from mlvicx_dist.train.drive import cluster, fitted, trainer
+    from mlvicx_dist.train.group import cluster, fitted, trainer
 
     # Workers start in another folder.
     tree, kept = to_tree(settings), cache_of(settings.data).folder

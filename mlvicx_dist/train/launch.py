@@ -28,9 +28,10 @@ from mlvicx_dist.storage import (
     write_whole,
 )
 from mlvicx_dist.stream.order import steps_per_epoch
-from mlvicx_dist.train.drive import MakeJudge, Row, drive
+from mlvicx_dist.train.drive import MakeJudge, drive
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
 from mlvicx_dist.train.owner import only_driver, take_over
+from mlvicx_dist.train.shown import Row
 from mlvicx_dist.train.track import check_trackers
 from mlvicx_dist.train.versions import library_versions, machine
 

@@ -19,8 +19,9 @@ from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import Place, make_folder, write_whole
 from mlvicx_dist.train.checkpoint import remove_checkpoints
-from mlvicx_dist.train.drive import each, signals
+from mlvicx_dist.train.drive import signals
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint
+from mlvicx_dist.train.group import each
 from mlvicx_dist.train.guard import guard
 from mlvicx_dist.train.launch import writing
 from mlvicx_dist.train.owner import once_free, only_driver

@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
 def test_a_fine_tuning_that_cannot_be_is_told_before_the_work(
     exported, disc_shards, no_work, monkeypatch, tune, error, words
 ):
-    monkeypatch.setattr("mlvicx_dist.train.drive.on_cluster", lambda: False)
+    monkeypatch.setattr("mlvicx_dist.train.group.on_cluster", lambda: False)
     with pytest.raises(error, match=words):
         evaluate_checkpoint(exported({}), settings(disc_shards, fine_tune=tune))
 

@@ -31,7 +31,7 @@ from mlvicx_dist.model.export_folder import save_export
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train import drive
+from mlvicx_dist.train import group
 from mlvicx_dist.train.step import Member
 from mlvicx_dist.train.watch import Forward
 
@@ -121,9 +121,9 @@ def driven(monkeypatch):
             for name, one in zip(("pretrained", "untrained"), scores, strict=True)
         }
 
-    monkeypatch.setattr(drive, "cluster", lambda workers: nullcontext())
-    monkeypatch.setattr(drive, "trainer", lambda function, plan, *a, **k: plan)
-    monkeypatch.setattr(drive, "fitted", fitted)
+    monkeypatch.setattr(group, "cluster", lambda workers: nullcontext())
+    monkeypatch.setattr(group, "trainer", lambda function, plan, *a, **k: plan)
+    monkeypatch.setattr(group, "fitted", fitted)
     return plans
 
 

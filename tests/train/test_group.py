@@ -1,4 +1,4 @@
-"""What the driver says of a group."""
+"""What is told of a group of workers, and how its end is."""
 
 import json
 import threading
@@ -11,8 +11,9 @@ from ray.autoscaler.v2 import sdk
 from mlvicx_dist.doctor.findings import launches
 from mlvicx_dist.errors import DataError, ResourceError, TrainingError
 from mlvicx_dist.session import refused_launches
-from mlvicx_dist.train import drive
-from mlvicx_dist.train.drive import placed
+from mlvicx_dist.train import shown
+from mlvicx_dist.train.group import fitted
+from mlvicx_dist.train.shown import Refusals, Shown, placed
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ def test_machines_that_a_quota_refuses_are_told_once(monkeypatch):
     assert refused_launches() == [words]
     assert [finding.state for finding in launches([words])] == ["bad"]
     said = []
-    monkeypatch.setattr(drive, "REFUSALS_S", 0.0)
-    refusals = drive._Refusals(SimpleNamespace(say=said.append))
+    monkeypatch.setattr(shown, "REFUSALS_S", 0.0)
+    refusals = Refusals(SimpleNamespace(say=said.append))
     refusals.tell()
     refusals.tell()
     assert said == [f"the autoscaler was refused {words}"]
@@ -62,7 +63,7 @@ def test_a_row_is_shown_with_the_terms_that_it_has(terms, words):
     told = []
     bar = SimpleNamespace(advance=lambda count, note: told.append((count, note)))
     row = {"step": 2, "loss": 4.0, "images_per_s": 100.0, "data_wait": 0.02, **terms}
-    drive._Shown(bar, lambda row: None)(row)
+    Shown(bar, lambda row: None)(row)
     assert told == [(2, f"100 images/s, data wait 2%, {words}")]
 
 
@@ -82,13 +83,13 @@ def test_a_group_of_which_nothing_is_heard_is_not_waited_for(tmp_path, row):
 
     try:
         with pytest.raises(ResourceError, match=r"It failed: nothing was heard .* for 1 s"):
-            drive.fitted(Waiting(), "It failed", channel=channel, show=print, wait_s=1)
+            fitted(Waiting(), "It failed", channel=channel, show=print, wait_s=1)
     finally:
         ended.set()
 
 
 def test_a_group_that_is_heard_of_may_take_its_time(tmp_path):
-    channel, shown = tmp_path / "rows.jsonl", []
+    channel, rows = tmp_path / "rows.jsonl", []
 
     class Slow:
         """Rows every 0.4 s."""
@@ -100,19 +101,19 @@ def test_a_group_that_is_heard_of_may_take_its_time(tmp_path):
                     file.write(json.dumps({"step": step}) + "\n")
             return SimpleNamespace(return_value={"a": 1})
 
-    found = drive.fitted(Slow(), "It failed", channel=channel, show=shown.append, wait_s=1.2)
+    found = fitted(Slow(), "It failed", channel=channel, show=rows.append, wait_s=1.2)
     assert found == {"a": 1}
-    assert [row["step"] for row in shown] == list(range(5))
+    assert [row["step"] for row in rows] == list(range(5))
 
 
 def test_what_ends_a_group_is_one_sentence(tmp_path):
     from ray.train import WorkerGroupError
 
-    def fitted(error):
+    def ended(error):
         def fit():
             raise error
 
-        return drive.fitted(
+        return fitted(
             SimpleNamespace(fit=fit),
             "It failed",
             channel=tmp_path / "rows.jsonl",
@@ -121,6 +122,6 @@ def test_what_ends_a_group_is_one_sentence(tmp_path):
         )
 
     with pytest.raises(TrainingError, match=r"^It failed \(.*\)\.$"):
-        fitted(WorkerGroupError("no place", {}))
+        ended(WorkerGroupError("no place", {}))
     with pytest.raises(DataError, match=r"^mine$"):
-        fitted(WorkerGroupError("a worker failed", {0: DataError("mine")}))
+        ended(WorkerGroupError("a worker failed", {0: DataError("mine")}))
