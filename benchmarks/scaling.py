@@ -4,10 +4,10 @@ python benchmarks/scaling.py [--json]
 
 Whole training steps on phantom radiographs, each worker with one thread and one loader process. The
 default model at 224 px, a global batch of 64: two workers against one, and against two runs of half
-the batch each that know nothing of each other, which is what this machine's two cores can do; of all
-of them the share of a step that waits for its batch. At 96 px and 32 images, two workers: started by
-Ray (`mlvicx pretrain`) against torchrun. Each figure is the median of the steps after the first, in
-which a worker's memory still grows, by turns.
+the batch each that know nothing of each other, which is what this machine's two cores can do; of
+all of them the share of a step that waits for its batch. At 96 px and 32 images, two workers:
+started by Ray (`mlvicx pretrain`) against torchrun. Each figure is the median of the steps after
+the first, in which a worker's memory still grows, by turns.
 """
 
 from __future__ import annotations
