@@ -73,12 +73,14 @@ def published_step(
     return step
 
 
-def vicreg_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
+def vicreg_step(
+    backbone: str, batch: int, precision: str, layout: torch.memory_format
+) -> Callable[[], None]:
     """Lightly's loss on one projector."""
-    net = timm.create_model(backbone, num_classes=0, in_chans=3)
+    net = timm.create_model(backbone, num_classes=0, in_chans=3).to(memory_format=layout)
     model = nn.Sequential(net, projector(net.num_features, SETTINGS.model.projector.width))
     loss = VICRegLoss()
-    first, second = images(batch)
+    first, second = (view.contiguous(memory_format=layout) for view in images(batch))
 
     def step() -> None:
         with autocast(precision):
@@ -89,10 +91,12 @@ def vicreg_step(backbone: str, batch: int, precision: str) -> Callable[[], None]
     return step
 
 
-def bare_step(backbone: str, batch: int, precision: str) -> Callable[[], None]:
+def bare_step(
+    backbone: str, batch: int, precision: str, layout: torch.memory_format
+) -> Callable[[], None]:
     """The backbone alone, on two views."""
-    net = timm.create_model(backbone, num_classes=0, in_chans=3)
-    first, second = images(batch)
+    net = timm.create_model(backbone, num_classes=0, in_chans=3).to(memory_format=layout)
+    first, second = (view.contiguous(memory_format=layout) for view in images(batch))
 
     def step() -> None:
         with autocast(precision):
@@ -117,8 +121,10 @@ CONTENDERS = {
     "ours": our_step,
     "published": partial(published_step, layout=torch.contiguous_format),
     "published, channels_last": partial(published_step, layout=torch.channels_last),
-    "lightly VICReg": vicreg_step,
-    "bare backbone": bare_step,
+    "lightly VICReg": partial(vicreg_step, layout=torch.contiguous_format),
+    "lightly VICReg, channels_last": partial(vicreg_step, layout=torch.channels_last),
+    "bare backbone": partial(bare_step, layout=torch.contiguous_format),
+    "bare backbone, channels_last": partial(bare_step, layout=torch.channels_last),
 }
 LIMITS = {
     ("resnet18", 16, "float32", "published"): 3.5,

@@ -1,22 +1,25 @@
 """`mlvicx profile`: where the time of a training step goes, and a trace of a few steps.
 
 The run's own workers train on its own data, and rank 0 is looked at. The table is of steps that
-nothing else watches; the trace, which takes time itself, is of some more.
+nothing else watches; the trace, which takes time itself, is of some more. What a backward waits for
+the all-reduce of its gradients is the time that it takes less that of steps without one.
 """
 
 from __future__ import annotations
 
 import gzip
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mlvicx_dist.config import PretrainConfig, to_tree
@@ -29,7 +32,7 @@ from mlvicx_dist.train.group import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of, with_classes
-from mlvicx_dist.train.step import TwoViews, make_model, train_step, wrap
+from mlvicx_dist.train.step import TwoViews, make_model, prepare_process, train_step, wrap
 from mlvicx_dist.train.worker import join, settings_of
 
 WARM_UP = 3
@@ -47,8 +50,9 @@ class Profile:
     Attributes:
         world_size: Workers of the group.
         batch: Images of the global batch.
-        step_s: The median step, in seconds.
-        parts: Median seconds of each part of a step, in their order.
+        step_s: The mean step, in seconds: batches come in bursts, of which a median sees nothing.
+        parts: Mean seconds of each part of a step, in their order; in a group `all-reduce` is what
+            `backward` would take less without it.
         collectives: How many calls a step makes to other workers.
         collectives_s: Seconds of them in a step, most of them beside other work.
         trace: The file of the trace.
@@ -85,7 +89,7 @@ class Profile:
         if self.collectives:
             rate += (
                 f"; {self.collectives} collectives a step, {1e3 * self.collectives_s:.1f} ms in "
-                "forward, loss and backward (by the trace)"
+                "all parts (by the trace, most of it beside other work)"
             )
         return [*table, rate, f"trace: {self.trace} (open it in ui.perfetto.dev)"]
 
@@ -113,7 +117,7 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
     with cluster(config.workers), scratch("profile") as folder:
         channel = Path(folder) / "rows.jsonl"
         plan = {"settings": to_tree(config), "steps": steps, "check_memory": elsewhere}
-        total = WARM_UP + steps + min(steps, TRACED)
+        total = _total(steps, config.workers.num)
         with progress("profiling", total, "steps") as bar:
             fit = trainer(profile_worker, plan, config.workers, channel, folder)
             found = fitted(
@@ -144,8 +148,9 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
     config = settings_of(plan)
     member = join(config, check_room=plan["check_memory"])
-    traced = min(plan["steps"], TRACED)
-    total = WARM_UP + plan["steps"] + traced
+    prepare_process(config)
+    counted, traced = plan["steps"], min(plan["steps"], TRACED)
+    total = _total(counted, member.world_size)
     steps = steps_of(config, open_shards(config), member)
     model = make_model(config, member)
     optimizer = make_optimizer(model, config.train)
@@ -164,26 +169,62 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
     for _ in range(WARM_UP):
         step()
     watch.steps()
-    for _ in range(plan["steps"]):
+    for _ in range(counted):
         step()
-    timed = watch.steps()
+    parts, step_s = _means(watch.steps())
     kinds = [ProfilerActivity.CPU]
     if member.device.type == "cuda":
         kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds) as tracer:
         for _ in range(traced):
             step()
-    calls = [event for event in tracer.events() or () if event.name.startswith(COLLECTIVES)]
-    seconds = sum(event.device_time or event.cpu_time for event in calls) / 1e6
+    watch.steps()
+    if isinstance(wrapped, DistributedDataParallel):
+        # The workers' weights part from here on, and are thrown away.
+        with wrapped.no_sync():
+            for _ in range(counted):
+                step()
+        parts = _with_all_reduce(parts, _means(watch.steps())[0]["backward"])
+    calls, seconds = exchanged(tracer.events() or ())
     return {
-        "step_s": statistics.median(whole for _, whole in timed),
-        "parts": {
-            name: statistics.median(parts[name] for parts, _ in timed) for name in timed[0][0]
-        },
-        "collectives": len(calls) // traced,
+        "step_s": step_s,
+        "parts": parts,
+        "collectives": calls // traced,
         "collectives_s": seconds / traced,
         "trace": _trace(tracer) if member.rank == 0 else b"",
     }
+
+
+def _total(counted: int, world_size: int) -> int:
+    """Steps of a profile."""
+    return WARM_UP + counted + min(counted, TRACED) + (counted if world_size > 1 else 0)
+
+
+def _means(timed: list[tuple[dict[str, float], float]]) -> tuple[dict[str, float], float]:
+    """Seconds of each part of a step, and of the whole."""
+    parts = {name: mean(parts[name] for parts, _ in timed) for name in timed[0][0]}
+    return parts, mean(whole for _, whole in timed)
+
+
+def _with_all_reduce(parts: dict[str, float], alone_s: float) -> dict[str, float]:
+    """The parts with what the backward takes more than alone as one of its own, behind it."""
+    waited = max(parts["backward"] - alone_s, 0.0)
+    found = {}
+    for name, seconds in parts.items():
+        found[name] = seconds
+        if name == "backward":
+            found |= {name: seconds - waited, "all-reduce": waited}
+    return found
+
+
+def exchanged(events: Iterable[Any]) -> tuple[int, float]:
+    """How many collectives are among the events of a trace, and their seconds.
+
+    A GPU's collective is there twice, as the host begins it and as the device does it: that counts.
+    """
+    calls = [event for event in events if event.name.startswith(COLLECTIVES)]
+    calls = [event for event in calls if event.device_type != DeviceType.CPU] or calls
+    return len(calls), sum(event.time_range.elapsed_us() for event in calls) / 1e6
 
 
 def _trace(tracer: profile) -> bytes:

@@ -3,15 +3,26 @@
 import gzip
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small import SMALL
+from torch._C._autograd import DeviceType
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.profile import Stopwatch
+from mlvicx_dist.profile import Stopwatch, exchanged
 
-PARTS = ["data wait", "transfer", "augment", "forward", "loss", "backward", "optimizer"]
+PARTS = [
+    "data wait",
+    "transfer",
+    "augment",
+    "forward",
+    "loss",
+    "backward",
+    "all-reduce",
+    "optimizer",
+]
 RUN = """\
 kind: pretrain
 run: {{name: small, storage_path: {runs}}}
@@ -40,8 +51,20 @@ def test_where_the_time_of_a_step_goes(config, tmp_path, capsys):
     assert found["collectives"]["count"] > 3
     assert found["collectives"]["seconds"] > 0
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert {event.get("name") for event in events} >= set(PARTS)
+    assert {event.get("name") for event in events} >= {*PARTS} - {"all-reduce"}
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("device", [DeviceType.CPU, DeviceType.CUDA])
+def test_a_collective_counts_once(device):
+    def event(name, microseconds, where):
+        taken = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=where, time_range=taken)
+
+    on_gpu = [event("nccl:all_reduce", 300.0, device)] if device == DeviceType.CUDA else []
+    host = [event("nccl:all_reduce", 50.0, DeviceType.CPU), event("aten::mm", 9.0, DeviceType.CPU)]
+    calls, seconds = exchanged([*host, *on_gpu])
+    assert (calls, seconds) == (1, pytest.approx(300e-6 if on_gpu else 50e-6))
 
 
 def test_a_stopwatch_tells_steps_apart():

@@ -28,7 +28,7 @@ from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.storage import is_local, place
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.memory import PROCESS_BYTES, needed_bytes
+from mlvicx_dist.train.memory import PROCESS_BYTES, needed_bytes, standing_bytes
 from mlvicx_dist.train.rates import loader_rate
 from mlvicx_dist.train.source import open_shards
 from mlvicx_dist.train.versions import bf16_in_software
@@ -77,7 +77,10 @@ def make_plan(config: PretrainConfig, request: Request) -> Plan:
         said.append(machines.exchange_said)
     said.append("the run's start, checkpoints, log and judges, and what it may lose, take no time")
     if request.price_per_hour is not None:
-        said.append("the price is that of the GPUs: no head node, disks, stores or traffic")
+        said.append(
+            f"the price is that of {group.rented} GPUs, since machines are rented whole: no head "
+            "node, disks, stores or traffic"
+        )
     return Plan(
         device=machines.gpu.name if machines.gpu else "this machine's CPU",
         group=group,
@@ -87,6 +90,7 @@ def make_plan(config: PretrainConfig, request: Request) -> Plan:
         work=work,
         exchange=exchange,
         needed_bytes=needed,
+        standing_bytes=standing_bytes(config, rows),
         memory_bytes=there,
         loading=loading,
         seconds=seconds,

@@ -40,11 +40,18 @@ class Group:
     network_bytes_per_s: float
     link_hop_s: float
     network_hop_s: float
+    beside: bool = True
+    """Whether gradients pass beside the backward: on a CPU the cores that compute exchange."""
 
     @property
     def nodes(self) -> int:
         """Machines."""
         return math.ceil(self.workers / self.per_node)
+
+    @property
+    def rented(self) -> int:
+        """GPUs of all machines, those among them that no worker has."""
+        return self.nodes * self.per_node
 
     @property
     def bytes_per_s(self) -> float:
@@ -157,7 +164,8 @@ def estimate(
     backward_s *= 1 + waiting_s / running_s
     early_s = group.all_reduce_s(exchange.early_bytes)
     late_s = group.all_reduce_s(exchange.gradient_bytes - exchange.early_bytes)
-    gradients_s = max(early_s, ENCODER_BEGINS * backward_s) + late_s
+    beside_s = backward_s if group.beside else 0.0
+    gradients_s = max(early_s, ENCODER_BEGINS * beside_s) + late_s
     moved_s = group.all_reduce_s(exchange.loss_bytes) + group.gather_s(exchange.gathered_bytes)
     norms = exchange.gathers + exchange.reductions
     hops_s = exchange.gathers * group.gather_hops_s + exchange.reductions * group.reduce_hops_s
@@ -165,7 +173,7 @@ def estimate(
         arithmetic=bounds["arithmetic"],
         memory=bounds["memory"],
         launches=waiting_s,
-        gradients=0.0 if alone else max(gradients_s - backward_s, 0.0),
+        gradients=0.0 if alone else max(gradients_s - beside_s, 0.0),
         embeddings=0.0 if alone else moved_s,
         statistics=0.0 if alone else hops_s + norms * launch_s,
         loader=work.rows / loader_images_per_s,

@@ -155,6 +155,8 @@ def _kinds(tree: Mapping[str, Any]) -> Iterator[Cluster]:
     elif tree["provider"]["type"] == "local":
         yield Cluster("machines of its own", len(tree["provider"]["worker_ips"]))
     else:
+        # Ray's own default is 2.
+        most = int(tree.get("max_workers", 2))
         for name, kind in tree["available_node_types"].items():
             if name == tree["head_node_type"]:
                 continue
@@ -163,7 +165,7 @@ def _kinds(tree: Mapping[str, Any]) -> Iterator[Cluster]:
             node = NODES.get(machine)
             yield Cluster(
                 machine,
-                min(int(kind["max_workers"]), int(tree["max_workers"])),
+                min(int(kind.get("max_workers", most)), most),
                 node,
                 node.gpus if node else int(kind.get("resources", {}).get("GPU", 0)),
                 spot="spot" in str(config.get("InstanceMarketOptions", "")).lower()

@@ -17,7 +17,7 @@ LINK_SHARE, NETWORK_SHARE = 0.5, 0.7
 """What of a link's and a network's rate an exchange reaches."""
 LINK_HOP_S, NETWORK_HOP_S = 2e-6, 20e-6
 """From one GPU to the next in a machine, and over a network."""
-CPU_LINK_BYTES_PER_S, CPU_HOP_S = 1e9, 100e-6
+CPU_LINK_BYTES_PER_S, CPU_HOP_S = 1e9, 500e-6
 """What gloo reaches between processes of one machine, and its way from one to the next."""
 
 
@@ -75,18 +75,24 @@ class Machines:
             network_bytes_per_s=self.network_gbit / 8 * NETWORK_SHARE * 1e9,
             link_hop_s=LINK_HOP_S if self.gpu else CPU_HOP_S,
             network_hop_s=NETWORK_HOP_S if self.gpu else CPU_HOP_S,
+            beside=self.gpu is not None,
         )
 
     @property
     def exchange_said(self) -> str:
         """What is assumed of it."""
         group = self.group
+        when = (
+            "the projectors' gradients pass beside the backward, the encoder's beside half of it"
+            if group.beside
+            else "gradients pass after the backward, on the cores that compute; that workers wait "
+            "for the slowest at each batch norm is not counted"
+        )
         return (
             f"an exchange reaches {group.link_bytes_per_s / 1e9:.3g} GB/s and "
             f"{group.link_hop_s * 1e6:g} us a hop in a machine, "
             f"{group.network_bytes_per_s / 1e9:.3g} GB/s a machine and "
-            f"{group.network_hop_s * 1e6:g} us between them; the projectors' gradients pass "
-            "beside the backward, the encoder's beside half of it"
+            f"{group.network_hop_s * 1e6:g} us between them; {when}"
         )
 
 

@@ -54,6 +54,7 @@ class Plan:
         work: A worker's step.
         exchange: What a step exchanges.
         needed_bytes: Memory that a worker needs.
+        standing_bytes: The part of it for weights, the optimizer and DDP's buckets.
         memory_bytes: Memory that it has.
         loading: Its images.
         seconds: Of a step, by resource.
@@ -69,6 +70,7 @@ class Plan:
     work: Work
     exchange: Exchange
     needed_bytes: int
+    standing_bytes: int
     memory_bytes: int
     loading: Loading
     seconds: Seconds
@@ -87,10 +89,10 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Of the GPUs for all these hours."""
+        """Of all GPUs of the machines for all these hours."""
         if self.price_per_hour is None:
             return None
-        return self.hours * self.group.workers * self.price_per_hour
+        return self.hours * self.group.rented * self.price_per_hour
 
     @property
     def loader_cores(self) -> float:
@@ -109,6 +111,7 @@ class Plan:
             "parameters": self.work.parameters,
             "trained_parameters": self.work.trained,
             "needed_bytes": self.needed_bytes,
+            "standing_bytes": self.standing_bytes,
             "memory_bytes": self.memory_bytes,
             "moved_bytes": self.work.moved_bytes,
             "exchange": asdict(self.exchange),
@@ -140,8 +143,10 @@ class Plan:
             ),
             (
                 "memory",
-                f"{_scaled(self.needed_bytes)}B of {_scaled(self.memory_bytes)}B, and "
-                f"{_scaled(self.work.moved_bytes)}B moved a step",
+                f"{_scaled(self.needed_bytes)}B of {_scaled(self.memory_bytes)}B: "
+                f"{_scaled(self.standing_bytes)}B for weights and optimizer, "
+                f"{_scaled(self.needed_bytes - self.standing_bytes)}B for activations and "
+                f"gradients; {_scaled(self.work.moved_bytes)}B moved a step",
             ),
             ("exchange", self._exchanged()),
             (
@@ -163,7 +168,7 @@ class Plan:
             ),
         ]
         if self.cost is not None:
-            rows.append(("cost", f"{self.cost:,.0f} at {self.price_per_hour:g} an hour each"))
+            rows.append(("cost", f"{_rate(self.cost)} at {self.price_per_hour:g} an hour each"))
         told = [f"{name:12}{words}" for name, words in rows]
         return [*told, "Assumed:", *(f"- {line}" for line in self.assumed)]
 

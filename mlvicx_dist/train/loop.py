@@ -7,14 +7,12 @@ optimizer and the step; the data and the schedule are functions of the step (DES
 from __future__ import annotations
 
 import platform
-import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -35,7 +33,14 @@ from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.runlog import RunLog, SampleLog
 from mlvicx_dist.train.saver import Saver
 from mlvicx_dist.train.source import data_of, open_shards, steps_of, stream_of
-from mlvicx_dist.train.step import Member, TwoViews, make_model, train_step, wrap
+from mlvicx_dist.train.step import (
+    Member,
+    TwoViews,
+    make_model,
+    prepare_process,
+    train_step,
+    wrap,
+)
 from mlvicx_dist.train.track import tracking
 from mlvicx_dist.train.versions import bf16_in_software
 
@@ -82,7 +87,7 @@ def train(
         UserError: a shard cannot be read, or the loss is not finite.
         Regroup: a group of another size is to go on.
     """
-    _seed_everything(config)
+    prepare_process(config)
     said: list[str] = []
     _check_precision(config, member, said.append)
     shards = open_shards(config)
@@ -164,15 +169,6 @@ def train(
     if heard is Notice.REGROUP and done < total:
         raise Regroup(done, saved)
     return done
-
-
-def _seed_everything(config: PretrainConfig) -> None:
-    random.seed(config.train.seed)
-    np.random.seed(config.train.seed % 2**32)
-    torch.manual_seed(config.train.seed)
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    if not config.train.deterministic:
-        torch.backends.cudnn.benchmark = True
 
 
 def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:

@@ -49,13 +49,25 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
         ConfigError: the backbone or a level does not exist, or `train.recompute` cannot be had.
     """
     model = shapes_of(config)
+    return _standing(model, config, rows) + _step_peak(model, config, rows)
+
+
+def standing_bytes(config: PretrainConfig, rows: int) -> int:
+    """The part of `needed_bytes` that no smaller share of the batch would spare.
+
+    Weights and statistics, the optimizer's state and its update, and in a group DDP's buckets.
+    """
+    return _standing(shapes_of(config), config, rows)
+
+
+def _standing(model: MLVICX, config: PretrainConfig, rows: int) -> int:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in model.state_dict().values())
     # The state, and the update that the optimizer makes; DDP's buckets, which hold the gradients.
     fixed += (STATES[config.train.optimizer] + 1) * trained
     if rows < config.train.batch_size:
         fixed += trained
-    return fixed + _step_peak(model, config, rows)
+    return fixed
 
 
 def check_memory(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -42,6 +44,16 @@ class Member:
     rank: int
     world_size: int
     device: torch.device
+
+
+def prepare_process(config: PretrainConfig) -> None:
+    """Before the model is made: seeds, and which kernels PyTorch may choose."""
+    random.seed(config.train.seed)
+    np.random.seed(config.train.seed % 2**32)
+    torch.manual_seed(config.train.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    if not config.train.deterministic:
+        torch.backends.cudnn.benchmark = True
 
 
 class TwoViews(nn.Module):

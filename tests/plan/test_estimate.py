@@ -93,6 +93,11 @@ def test_the_projectors_gradients_pass_beside_the_backward_and_the_others_beside
     assert slow.step == pytest.approx(3.1 + 16.5)
 
 
+def test_on_a_cpu_gradients_pass_after_the_backward():
+    found = seconds(8, (100 * 10**9, 80 * 10**9, 0, 0, 0, 0), beside=False)
+    assert found.gradients == pytest.approx(1.75)
+
+
 def test_the_exchange_of_the_loss_and_of_statistics_waits():
     found = seconds(8, (0, 0, 100 * 10**9, 100 * 10**9, 10, 20))
     assert found.embeddings == pytest.approx(1.75 + 0.875)

@@ -39,9 +39,17 @@ def test_a_plan_in_json_holds_together(file, capsys):
     parts = told["seconds"]
     loader = parts.pop("loader")
     assert told["step_s"] == pytest.approx(max(sum(parts.values()), loader))
-    assert told["needed_bytes"] < told["memory_bytes"] < 24e9
+    assert told["standing_bytes"] < told["needed_bytes"] < told["memory_bytes"] < 24e9
     # So small a model is done before the host has started its operations.
     assert told["bottleneck"] == "launches"
+
+
+def test_machines_are_paid_whole(file, capsys):
+    """Seven GPUs are those of two machines of four."""
+    command = ["plan", file(), "--cluster", CLUSTER, "--gpus", "7", "--images", "1000", "--json"]
+    assert main([*command, "--price-per-hour", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cost"] == pytest.approx(told["hours"] * 8 * 2)
 
 
 def test_lines_tell_what_takes_the_time_and_every_assumption(file, capsys):
