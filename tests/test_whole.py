@@ -105,8 +105,8 @@ SHORT = f"""\
 command=$1
 shift
 case $command in
-  pretrain) exec {sys.executable} -m mlvicx_dist pretrain "$@" \\
-    --set train.epochs=2 --set train.warmup_epochs=0 --set views.image_size_px=48 ;;
+  pretrain | profile) exec {sys.executable} -m mlvicx_dist $command "$@" --set train.epochs=2 \\
+    --set train.warmup_epochs=0 --set views.image_size_px=48 --set model.backbone=test_resnet ;;
   *) exec {sys.executable} -m mlvicx_dist "$command" "$@" ;;
 esac
 """
@@ -115,7 +115,7 @@ esac
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tutorial_as_it_is_typed(tmp_path):
-    """What its blocks say, line by line; trainings are short and their views small."""
+    """What its blocks say, line by line; trainings are short, their views and backbone small."""
     text = (ROOT / "docs" / "tutorial.md").read_text()
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     typed = "\n".join(
