@@ -6,6 +6,9 @@ import ctypes
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 TOP_PAD_BYTES = 64 << 20
+FROM_THE_START = {"MALLOC_ARENA_MAX": "1"}
+"""The environment of a process whose training thread is not its first, such as a worker of Ray: a
+thread that has an arena of its own before `keep_freed_memory` stays there, and keeps nothing."""
 
 
 def keep_freed_memory() -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from mlvicx_dist.config import Workers
 from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.session import check_resources, on_cluster, ray_session, this_machine
+from mlvicx_dist.train.allocator import FROM_THE_START
 from mlvicx_dist.train.shown import Row, Silence
 
 POLL_S = 0.2
@@ -113,6 +114,7 @@ def trainer(
             storage_path=folder,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
             callbacks=[Forward(channel, workers.max_failures, resumes=resumes)],
+            worker_runtime_env={} if workers.use_gpu else {"env_vars": FROM_THE_START},
         ),
         torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
     )
