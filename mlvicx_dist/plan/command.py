@@ -36,7 +36,7 @@ from mlvicx_dist.train.versions import bf16_in_software
 LAUNCH_S = 10e-6
 """What PyTorch needs to start an operation on a GPU."""
 LOADER_IMAGES_PER_S = 750.0
-"""Of one core, where no shards are here: EPYCs made 750 and 960 from 256 px, 360 and 430 from 512."""
+"""Of one core, where no shards are here: EPYCs made 750 and 960 from 256 px, from 512 px half."""
 SURE = 0.97
 """What is advised is so much of what would fit."""
 IMAGE_BYTES = 17_400

@@ -7,8 +7,9 @@ import ctypes
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 TOP_PAD_BYTES = 64 << 20
 FROM_THE_START = {"MALLOC_ARENA_MAX": "1"}
-"""The environment of a process whose training thread is not its first, such as a worker of Ray: a
-thread that has an arena of its own before `keep_freed_memory` stays there, and keeps nothing."""
+"""The environment of a process that trains in a thread, as a worker of Ray does: one that has taken
+memory from an arena of its own before `keep_freed_memory` keeps it, and gets blocks of over 64 MB
+from the kernel each time."""
 
 
 def keep_freed_memory() -> bool:
