@@ -77,10 +77,8 @@ def make_plan(config: PretrainConfig, request: Request) -> Plan:
         said.append(machines.exchange_said)
     said.append("the run's start, checkpoints, log and judges, and what it may lose, take no time")
     if request.price_per_hour is not None:
-        said.append(
-            f"the price is that of {group.rented} GPUs, since machines are rented whole: no head "
-            "node, disks, stores or traffic"
-        )
+        what = "GPUs, those of whole machines," if machines.gpu else "workers"
+        said.append(f"{machines.paid} {what} are paid: no head node, disks, stores or traffic")
     return Plan(
         device=machines.gpu.name if machines.gpu else "this machine's CPU",
         group=group,
@@ -94,6 +92,7 @@ def make_plan(config: PretrainConfig, request: Request) -> Plan:
         memory_bytes=there,
         loading=loading,
         seconds=seconds,
+        paid=machines.paid,
         price_per_hour=request.price_per_hour,
         assumed=said,
     )

@@ -49,11 +49,6 @@ class Group:
         return math.ceil(self.workers / self.per_node)
 
     @property
-    def rented(self) -> int:
-        """GPUs of all machines, those among them that no worker has."""
-        return self.nodes * self.per_node
-
-    @property
     def bytes_per_s(self) -> float:
         """What a ring through all workers reaches: its slowest link's rate."""
         if self.nodes == 1:

@@ -79,6 +79,11 @@ class Machines:
         )
 
     @property
+    def paid(self) -> int:
+        """GPUs of all machines, those too that no worker has; on a CPU the workers."""
+        return self.group.nodes * self.per_node if self.gpu else self.workers
+
+    @property
     def exchange_said(self) -> str:
         """What is assumed of it."""
         group = self.group

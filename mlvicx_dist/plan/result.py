@@ -58,7 +58,8 @@ class Plan:
         memory_bytes: Memory that it has.
         loading: Its images.
         seconds: Of a step, by resource.
-        price_per_hour: Of one GPU or worker; None: not told.
+        paid: GPUs or workers that are paid.
+        price_per_hour: Of one of them; None: not told.
         assumed: What all this rests on, a line each.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     memory_bytes: int
     loading: Loading
     seconds: Seconds
+    paid: int
     price_per_hour: float | None
     assumed: Sequence[str]
 
@@ -89,10 +91,10 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Of all GPUs of the machines for all these hours."""
+        """Of all that is paid for all these hours."""
         if self.price_per_hour is None:
             return None
-        return self.hours * self.group.rented * self.price_per_hour
+        return self.hours * self.paid * self.price_per_hour
 
     @property
     def loader_cores(self) -> float:

@@ -48,8 +48,7 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
     Raises:
         ConfigError: the backbone or a level does not exist, or `train.recompute` cannot be had.
     """
-    model = shapes_of(config)
-    return _standing(model, config, rows) + _step_peak(model, config, rows)
+    return standing_bytes(config, rows) + _step_peak(shapes_of(config), config, rows)
 
 
 def standing_bytes(config: PretrainConfig, rows: int) -> int:
@@ -57,10 +56,7 @@ def standing_bytes(config: PretrainConfig, rows: int) -> int:
 
     Weights and statistics, the optimizer's state and its update, and in a group DDP's buckets.
     """
-    return _standing(shapes_of(config), config, rows)
-
-
-def _standing(model: MLVICX, config: PretrainConfig, rows: int) -> int:
+    model = shapes_of(config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in model.state_dict().values())
     # The state, and the update that the optimizer makes; DDP's buckets, which hold the gradients.

@@ -36,8 +36,9 @@ thread.join()
 
 def faults(how, **env):
     command = [sys.executable, "-c", FAULTS, how]
+    apart = {name: value for name, value in os.environ.items() if name not in FROM_THE_START}
     found = subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True, check=True
+        command, env={**apart, **env}, capture_output=True, text=True, check=True
     )
     return int(found.stdout)
 
