@@ -14,7 +14,8 @@ usage: cluster/laptop.sh COMMAND [--dir DIR]
   status                            list the nodes, and the lines that connect a shell
   down                              end the cluster and remove its files
 
-`eval "$(cluster/laptop.sh up)"` also connects the shell. Node 1 is the head.
+`eval "$(cluster/laptop.sh up)"` also connects the shell, and `eval "$(cluster/laptop.sh down)"`
+takes it off again. Node 1 is the head.
 DIR (${TMPDIR:-/tmp}/mlvicx-laptop) holds the files of one cluster; another DIR is another cluster.
 END
   exit 2
@@ -174,7 +175,8 @@ down() {
   [[ ! $all ]] || die "these processes do not end: ${all//$'\n'/ }."
   remove_files
   rmdir "$dir" 2>/dev/null || true
-  echo "The cluster in $dir is down." >&2
+  echo "The cluster in $dir is down. Next, in a shell that it was joined to: the line below." >&2
+  echo "unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN_PATH"
 }
 
 # --- the command line

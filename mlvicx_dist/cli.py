@@ -106,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--out", required=True, help="the parquet file to write")
     add.add_argument("--split", action="append", help="only this split; may be repeated")
     add.add_argument("--batch-size", type=_count, default=64, help="images a batch (%(default)s)")
-    add.add_argument("--loader-workers", type=int, default=1, help="loader processes (%(default)s)")
+    add.add_argument(
+        "--loader-workers", type=_whole, default=1, help="loader processes (%(default)s)"
+    )
     add.add_argument("--use-gpu", action="store_true", help="run the encoder on the GPU")
 
     add = command(
@@ -183,11 +185,15 @@ def _add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
     )
 
 
-def _count(text: str) -> int:
+def _whole(text: str, least: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return value
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _demo(options: argparse.Namespace) -> Answer:
@@ -341,7 +347,7 @@ def _inspect(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.report.contact import contact_sheet
 
     views = load_as(PretrainConfig, options.config).views if options.config else Views()
-    sheet = contact_sheet(options.shards, views, count=options.count, seed=options.seed)
+    sheet, shown = contact_sheet(options.shards, views, count=options.count, seed=options.seed)
     try:
         sheet.save(Path(options.out))
     except (OSError, ValueError) as error:
@@ -351,7 +357,7 @@ def _inspect(options: argparse.Namespace) -> Answer:
             "that exists."
         ) from None
     return Answer(
-        {"sheet": options.out}, [f"{options.out}: {options.count} images, each with its two views."]
+        {"sheet": options.out}, [f"{options.out}: {shown} images, each beside its two views."]
     )
 
 

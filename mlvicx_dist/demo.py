@@ -6,7 +6,6 @@ every step can be run again by hand.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from mlvicx_dist.ingest.sources.anatomy import CLASSES
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.sources.phantom import SALT, write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
-from mlvicx_dist.progress import duration, progress
+from mlvicx_dist.progress import duration, progress, say
 from mlvicx_dist.report.page import write_report
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import write_whole
@@ -89,18 +88,18 @@ def demo(out: str | Path) -> Demonstration:
     out = Path(out).absolute()
     begin = time.monotonic()
     with ray_session({"CPU": 2}, asked="the demo", remedy="take a machine of two cores"):
-        _say(f"1 of 4: {PHANTOMS} phantom radiographs into shards")
+        say(f"1 of 4: {PHANTOMS} phantom radiographs into shards")
         _shard(out)
         for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
             write_whole(out / f"{name}.yaml", text.format(out=out).encode())
-        _say("2 of 4: pretraining without labels")
+        say("2 of 4: pretraining without labels")
         outcome = pretrain(load_as(PretrainConfig, out / "pretrain.yaml"))
     if outcome.stopped_by:
         raise KeyboardInterrupt
     run = outcome.run_dir
-    _say("3 of 4: a linear probe, beside the same encoder untrained")
+    say("3 of 4: a linear probe, beside the same encoder untrained")
     result, _ = evaluate_checkpoint(run, load_as(EvaluateConfig, out / "evaluate.yaml"))
-    _say("4 of 4: the report")
+    say("4 of 4: the report")
     page = write_report(run)
     return _judged(result, page, time.monotonic() - begin)
 
@@ -139,7 +138,3 @@ def _judged(result: dict[str, Any], page: Path, seconds: float) -> Demonstration
     }
     lines = [*summary(result), "", verdict, f"{page} ({duration(seconds)} in all)"]
     return Demonstration(better, document, lines)
-
-
-def _say(step: str) -> None:
-    print(step, file=sys.stderr, flush=True)  # noqa: T201

@@ -12,23 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
-
+from mlvicx_dist.capacity import check_resources, this_machine, whole_cluster
 from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.storage import temporary, write_whole
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST_NODES = 10_000
-"""Where an autoscaler names no limit."""
-UNKNOWN_BYTES = 2**60
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-"""What `ray up` leaves on the head node for its autoscaler."""
-POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-"""What Kubernetes tells a pod of itself."""
 TOKEN = Path("~/.ray/auth_token")
 """Whoever has it can run anything on a private cluster."""
 LONGEST_FOLDER = 40
@@ -91,7 +83,7 @@ def ray_session(
         if on_cluster():
             if not given:
                 _connect()
-            check_resources(needed, _whole_cluster(), "the cluster", asked, remedy)
+            check_resources(needed, whole_cluster(), "the cluster", asked, remedy)
         else:
             check_resources(needed, this_machine(), "this machine", asked, remedy)
             _start(deaf=deaf, dashboard=dashboard)
@@ -203,142 +195,6 @@ def _connect() -> None:
 def _first(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def this_machine() -> dict[str, float]:
-    """The cores and GPUs of this machine."""
-    import torch
-
-    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
-
-
-def memory_bytes(*, gpu: bool) -> int | None:
-    """The memory of this node that its container allows, or that of its first GPU if it has one."""
-    if gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            return None
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    from ray._private.utils import get_system_memory
-
-    return int(get_system_memory())
-
-
-def _whole_cluster() -> dict[str, float]:
-    """What the cluster can grow to where its autoscaler's settings are known, else what it has."""
-    total: dict[str, float] = {}
-    for resources, count in node_types():
-        for kind, amount in resources.items():
-            total[kind] = total.get(kind, 0) + count * amount
-    return total
-
-
-def slots(needed: Mapping[str, float]) -> int:
-    """How many workers that need this much fit on all nodes that there are or can be added.
-
-    A node whose memory is not known has enough of it.
-    """
-    return sum(
-        count
-        * int(
-            min(
-                {"memory": UNKNOWN_BYTES, **resources}.get(kind, 0) // amount
-                for kind, amount in needed.items()
-            )
-        )
-        for resources, count in node_types()
-    )
-
-
-def node_types() -> list[tuple[dict[str, float], int]]:
-    """The kinds of nodes and how many of each the cluster can have: (resources, count).
-
-    What an autoscaler may add is read from the cluster's own record, from the file that `ray up`
-    leaves on the head node, or from Kubernetes. Where nothing tells it (a cluster of given
-    machines), the nodes that are there count.
-    """
-    import ray
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config and config.node_group_configs:
-        return [
-            (dict(group.resources), MOST_NODES if group.max_count < 0 else group.max_count)
-            for group in config.node_group_configs
-        ]
-    try:
-        tree = _autoscaler_settings()
-        head, most = tree["head_node_type"], int(tree["max_workers"])
-        kinds = [
-            (dict(kind["resources"]), 1 if name == head else min(kind["max_workers"], most))
-            for name, kind in tree["available_node_types"].items()
-        ]
-        if any(resources for resources, _ in kinds):
-            return kinds
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        pass
-    return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
-
-
-def _autoscaler_settings() -> Any:
-    """What `ray up` wrote down for its autoscaler, or what KubeRay's is told by the RayCluster."""
-    name = os.environ.get("RAY_CLUSTER_NAME")
-    if not name or not POD_NAMESPACE.exists():
-        return yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr,
-    )
-    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
-
-    cluster = KubernetesHttpApiClient(POD_NAMESPACE.read_text()).get(f"rayclusters/{name}")
-    if not cluster["spec"].get("enableInTreeAutoscaling"):
-        return {}
-    return _derive_autoscaling_config_from_ray_cr(cluster)
-
-
-def refused_launches() -> list[str]:
-    """The machines that the cluster's autoscaler was refused, by a quota say, and why."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    try:
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    except Exception:
-        # Ray's older autoscaler tells nothing that a program could read.
-        return []
-    return [
-        f"{one.count} x {one.ray_node_type_name} ({one.instance_type_name}): {one.details}"
-        for one in status.failed_launches
-    ]
-
-
-def room_for(needed: Mapping[str, float]) -> int:
-    """How many more workers that need this much would find room now, on nodes that stay."""
-    from ray._private.state import available_resources_per_node, state
-
-    leaving = state.get_draining_nodes()
-    return sum(
-        int(min(free.get(kind, 0) // amount for kind, amount in needed.items()))
-        for node, free in available_resources_per_node().items()
-        if node not in leaving
-    )
-
-
-def check_resources(
-    needed: Mapping[str, float], there: Mapping[str, float], where: str, asked: str, remedy: str
-) -> None:
-    """See that there is as much of each resource as is needed.
-
-    Raises:
-        ResourceError: there is less.
-    """
-    for kind, count in needed.items():
-        if count > there.get(kind, 0):
-            raise ResourceError(
-                f"{asked} asks for {count:g} {kind}s, but {where} has {there.get(kind, 0):g}; "
-                f"{remedy}, or set RAY_ADDRESS to a larger cluster."
-            )
 
 
 def in_parallel(

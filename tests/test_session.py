@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from mlvicx_dist import session
+from mlvicx_dist import capacity, session
 from mlvicx_dist.errors import ResourceError
 
 
@@ -24,12 +24,12 @@ def nodes(monkeypatch):
 
 
 def test_workers_fit_node_by_node(nodes, monkeypatch, tmp_path):
-    monkeypatch.setattr(session, "BOOTSTRAP", tmp_path / "none.yaml")
-    assert session.slots({"CPU": 3}) == 2
-    assert session.slots({"CPU": 9}) == 0
-    assert session.slots({"CPU": 1, "GPU": 1}) == 1
-    assert session.slots({"CPU": 1, "memory": 5e9}) == 3
-    assert session._whole_cluster()["CPU"] == 8
+    monkeypatch.setattr(capacity, "BOOTSTRAP", tmp_path / "none.yaml")
+    assert capacity.slots({"CPU": 3}) == 2
+    assert capacity.slots({"CPU": 9}) == 0
+    assert capacity.slots({"CPU": 1, "GPU": 1}) == 1
+    assert capacity.slots({"CPU": 1, "memory": 5e9}) == 3
+    assert capacity.whole_cluster()["CPU"] == 8
 
 
 def test_what_ray_up_may_add_counts(nodes, monkeypatch, tmp_path):
@@ -43,14 +43,14 @@ available_node_types:
   gpu: {resources: {CPU: 8, GPU: 2}, min_workers: 0, max_workers: 10}
 """
     )
-    monkeypatch.setattr(session, "BOOTSTRAP", path)
-    assert session.slots({"CPU": 4, "GPU": 1}) == 6
+    monkeypatch.setattr(capacity, "BOOTSTRAP", path)
+    assert capacity.slots({"CPU": 4, "GPU": 1}) == 6
     # The memory of a node that is not there yet is not known.
-    assert session.slots({"CPU": 8, "memory": 1e12}) == 3
-    assert session._whole_cluster() == {"CPU": 24, "GPU": 6}
+    assert capacity.slots({"CPU": 8, "memory": 1e12}) == 3
+    assert capacity.whole_cluster() == {"CPU": 24, "GPU": 6}
     # On machines of one's own Ray writes no resources: those of the nodes that are there count.
     path.write_text(path.read_text().replace("{CPU: 0}", "{}").replace("{CPU: 8, GPU: 2}", "{}"))
-    assert session.slots({"CPU": 4}) == 2
+    assert capacity.slots({"CPU": 4}) == 2
 
 
 def test_the_token_of_a_private_cluster_is_its_owners_alone(monkeypatch, tmp_path):

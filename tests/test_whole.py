@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,13 @@ def test_the_demo_shows_that_pretraining_helps(tmp_path):
 @pytest.mark.slow
 @pytest.mark.shared_data
 @pytest.mark.timeout(900)
-def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
+def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path, laptop):
+    # One cluster for all of them: a private one each would take a minute more.
+    laptop.up(1, cpus=2)
+    there = partial(run, env={**os.environ, **laptop.env})
     cxr, salt = shared_data / "cxr", tmp_path / "salt"
     pack = [sys.executable, str(ROOT / "sharding" / "shard_folder.py"), "--salt-file", str(salt)]
-    nih = run(
+    nih = there(
         *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
         *("--where", "file=images/nih_*", "--path-column", "file", "--labels-column", "label"),
         *("--patient-column", "patient_id", "--classes", "pneumonia", "--short-side-px", "128"),
@@ -49,7 +53,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     )
     assert nih.returncode == 0, nih.stderr
     assert sum(json.loads(nih.stdout)["splits"].values()) == 652
-    findings = run(
+    findings = there(
         *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
         *("--where", "file=images/nihml_*", "--path-column", "file"),
         *("--labels-column", "findings", "--patient-column", "patient_id"),
@@ -58,7 +62,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
     )
     assert findings.returncode == 0, findings.stderr
     assert sum(json.loads(findings.stdout)["splits"].values()) == 407
-    kermany = run(
+    kermany = there(
         *(
             *pack,
             "--source",
@@ -81,16 +85,16 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path):
         *("--set", f"run.storage_path={tmp_path}", "--set", "views.image_size_px=48"),
         *("--set", "train.precision=float32"),
     ]
-    trained = run(*MLVICX, "pretrain", str(settings), *sets)
+    trained = there(*MLVICX, "pretrain", str(settings), *sets)
     assert trained.returncode == 0, trained.stderr
-    probed = run(
+    probed = there(
         *(*MLVICX, "evaluate", str(tmp_path / "cxr96"), "--json"),
         str(ROOT / "configs" / "evaluate" / "nih_pneumonia.yaml"),
         *("--set", f"data.shards.0={tmp_path / 'nih'}"),
     )
     assert probed.returncode == 0, probed.stderr
     assert 0.5 < json.loads(probed.stdout)["probe"]["pretrained"]["pneumonia"]["value"] < 1
-    assert run(*MLVICX, "verify", str(tmp_path / "kermany")).returncode == 0
+    assert there(*MLVICX, "verify", str(tmp_path / "kermany")).returncode == 0
 
 
 WALKED = (

@@ -21,13 +21,14 @@ from mlvicx_dist.config.files import (
     load_config,
     parse_config,
     parse_yaml,
-    set_key,
     to_tree,
 )
+from mlvicx_dist.config.keys import flat, set_key
 from mlvicx_dist.config.pretrain import (
     LOSS_KEYS,
     MAY_VARY,
     METHODS,
+    MODEL_KEYS,
     NUMBER_BYTES,
     SUPERVISED,
     LocalHead,
@@ -51,6 +52,7 @@ __all__ = [
     "LOSS_KEYS",
     "MAY_VARY",
     "METHODS",
+    "MODEL_KEYS",
     "NUMBER_BYTES",
     "PIXELS",
     "SUPERVISED",
@@ -84,6 +86,7 @@ __all__ = [
     "VicWeights",
     "Views",
     "Workers",
+    "flat",
     "load_as",
     "load_config",
     "parse_config",

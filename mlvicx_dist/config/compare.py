@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlvicx_dist.config.base import Count, Name, Settings
 from mlvicx_dist.config.evaluate import EvaluateConfig, Knn
+from mlvicx_dist.config.keys import flat
 from mlvicx_dist.config.pretrain import MAY_VARY, METHODS
 from mlvicx_dist.config.sweep import Pretraining
 from mlvicx_dist.errors import nearest
@@ -99,15 +100,6 @@ class CompareConfig(Settings):
     def first(self) -> str:
         """The reference's name."""
         return self.reference or next(iter(self.methods))
-
-
-def flat(changes: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in changes.items():
-        name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
 
 
 def _named(name: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from mlvicx_dist.config.base import Settings
 from mlvicx_dist.config.compare import CompareConfig
 from mlvicx_dist.config.evaluate import EvaluateConfig
+from mlvicx_dist.config.keys import set_key
 from mlvicx_dist.config.pretrain import PretrainConfig
 from mlvicx_dist.config.sweep import SweepConfig
 from mlvicx_dist.errors import ConfigError, nearest
@@ -142,37 +143,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override}: give it as key.key=value, as in train.epochs=10.")
     set_key(tree, dotted, parse_yaml(text, f"--set {dotted}"), where=f"--set {override}")
-
-
-def set_key(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
-    """Set one dotted key in a tree of settings; keys above it that are not there are made.
-
-    Raises:
-        ConfigError: the way leads through a value, or past the end of a list; begins with `where`.
-    """
-    *parents, last = dotted.split(".")
-    node: Any = tree
-    for key in parents:
-        if isinstance(node, list):
-            node = node[_index(node, key, where)]
-        elif isinstance(node, dict):
-            if node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"{where}: '{key}' is a value, so it has no key below it.")
-    if isinstance(node, list):
-        node[_index(node, last, where)] = value
-    else:
-        node[last] = value
-
-
-def _index(items: list[Any], key: str, where: str) -> int:
-    if key.isdigit() and int(key) < len(items):
-        return int(key)
-    raise ConfigError(
-        f"{where}: '{key}' is no place in a list of {len(items)}; use 0 to {len(items) - 1}."
-    )
 
 
 def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:

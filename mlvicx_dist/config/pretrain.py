@@ -190,6 +190,16 @@ LOSS_KEYS: dict[Method, tuple[str, ...]] = {
     "supervised": ("label_splits",),
 }
 """What of `loss` each method reads."""
+_EACH = ("backbone", "channels", "init")
+MODEL_KEYS: dict[Method, tuple[str, ...]] = {
+    "mlvicx": (*_EACH, "levels", "level_convs", "context", "local", "projector"),
+    "vicreg": (*_EACH, "projector"),
+    "barlow_twins": (*_EACH, "projector"),
+    "simclr": (*_EACH, "projector"),
+    "simsiam": (*_EACH, "projector", "predictor_width"),
+    "supervised": (*_EACH, "classes"),
+}
+"""What of `model` each method reads."""
 
 
 class Train(Settings):
@@ -245,9 +255,9 @@ class Workers(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often in a row workers may die without a step further than the time before."""
     resize_after_s: Positive = 60.0
-    """A group of fewer than `num` grows when there was room for more for this long."""
+    """With `min`: a group of fewer than `num` grows when there was room for this long."""
     start_timeout_s: Positive = 120.0
-    """How long Ray waits for the places of a group before it tries again."""
+    """How long Ray waits for a group's places before it tries again; with `min` 12 at most."""
     wait_s: Positive = 86400.0
     """How long a run waits for workers, or hears nothing of them, before it ends."""
     collective_timeout_s: Positive = 600.0
@@ -313,8 +323,9 @@ class Run(Settings):
 class PretrainConfig(Settings):
     """`kind: pretrain`.
 
-    A `method` other than mlvicx has the global projector alone: where the settings do not say so,
-    it takes the levels and the context off, and gives SimSiam its predictor.
+    A `method` other than mlvicx has the global projector alone, or none (supervised): where the
+    settings do not say so, it takes the levels and the context off, and gives SimSiam its
+    predictor. What they say of heads that it has not is left out.
     """
 
     kind: Literal["pretrain"]
@@ -332,15 +343,17 @@ class PretrainConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _implied(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict) or tree.get("method", "mlvicx") == "mlvicx":
+        method = tree.get("method", "mlvicx") if isinstance(tree, dict) else None
+        if method == "mlvicx" or method not in METHODS:
             return tree
         model = tree.get("model", {})
         if not isinstance(model, dict):
             return tree
         implied: dict[str, Any] = {"levels": [], "context": False}
-        if tree["method"] == "simsiam":
+        if method == "simsiam":
             implied["predictor_width"] = PREDICTOR_WIDTH
-        return {**tree, "model": implied | model}
+        heads = {"local", "level_convs", "projector"} - set(MODEL_KEYS[method])
+        return {**tree, "model": implied | {k: v for k, v in model.items() if k not in heads}}
 
     @model_validator(mode="after")
     def _method(self) -> PretrainConfig:

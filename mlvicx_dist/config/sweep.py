@@ -155,6 +155,20 @@ class SweepConfig(Settings):
     confirm: Confirm = Confirm()
 
     @model_validator(mode="after")
+    def _read(self) -> SweepConfig:
+        if self.search.by == "grid" and self.search.warm_start:
+            raise ValueError(
+                "search.warm_start has no effect with search.by: grid, which tries its own points: "
+                "leave it out"
+            )
+        if self.target.kind == "effective_rank" and self.target.classes:
+            raise ValueError(
+                "target.classes has no effect with target.kind: effective_rank, which reads no "
+                "labels: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _unseen(self) -> SweepConfig:
         _no_test(*self.pretrain.data.splits)
         if self.target.val in self.pretrain.data.splits:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlvicx_dist.capacity import refused_launches, slots
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.doctor import findings
 from mlvicx_dist.doctor.findings import Finding
 from mlvicx_dist.doctor.node import Probe
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import progress
-from mlvicx_dist.session import ray_session, refused_launches, slots
+from mlvicx_dist.session import ray_session
 
 ANSWER_S = 60.0
 """A node that takes longer to answer is not well."""
@@ -195,6 +196,7 @@ class _Ward:
         try:
             parameters = check_model(config)
             check_workers(config)
+            self._check_memory(config)
             shards = open_shards(config)
             with_classes(config, shards)
         except UserError as error:
@@ -216,7 +218,7 @@ class _Ward:
             yield findings.gradients(self._bytes_per_s, parameters, step_s, config.train.gradients)
 
     def _check_memory(self, config: PretrainConfig) -> None:
-        """See that a worker fits where it would have least.
+        """See that a worker of the smallest group that is allowed fits where it would have least.
 
         Raises:
             ResourceError: it does not.
@@ -224,16 +226,17 @@ class _Ward:
         from mlvicx_dist.train.memory import check_memory
 
         workers = config.workers
+        least = workers.min or workers.num
         rooms = []
         for facts in self._facts.values():
             if workers.use_gpu:
                 rooms += [(gpu["memory_bytes"], 1) for gpu in facts["gpus"]]
             elif facts["cpus"] >= workers.cpus_per_worker:
-                together = min(workers.num, facts["cpus"] // workers.cpus_per_worker)
+                together = min(least, facts["cpus"] // workers.cpus_per_worker)
                 rooms.append((facts["memory_bytes"], together))
         if rooms:
             there, together = min(rooms, key=lambda room: room[0] / room[1])
-            check_memory(config, workers.num, node_workers=together, where="a node", there=there)
+            check_memory(config, least, node_workers=together, where="a node", there=there)
 
     def _ask_rates(self, config: PretrainConfig, one: Mapping[str, float]) -> tuple[Any, Any]:
         """Have a worker's loader and its steps measured: by whom, and the answer to wait for.

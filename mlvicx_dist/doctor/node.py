@@ -16,9 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mlvicx_dist.capacity import memory_bytes
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whole
 
 EXCHANGE_BYTES = 2**25
@@ -111,7 +111,7 @@ class Probe:
             return f"tcp://{address}:{free.getsockname()[1]}"
 
     def exchange(self, rank: int, world_size: int, where: str, timeout_s: float) -> float:
-        """All-reduce with the other nodes: bytes a second, by NCCL where this actor has a GPU."""
+        """All-reduce with the other nodes: bytes a second, by NCCL where the node has GPUs."""
         import torch
         import torch.distributed as dist
 
@@ -188,7 +188,8 @@ def _step_rate(config: PretrainConfig) -> float:
 
     from mlvicx_dist.train.rates import training_step
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = config.workers.use_gpu and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
     # Batch norm and the loss refuse a batch of one.
     rows = max(math.ceil(config.train.batch_size / config.workers.num), 2)
     if device.type == "cpu":

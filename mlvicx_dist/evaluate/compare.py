@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,21 +25,21 @@ from mlvicx_dist.config import (
     parse_config,
     to_tree,
 )
-from mlvicx_dist.errors import ConfigError, DataError, DivergenceError
+from mlvicx_dist.errors import ConfigError, DivergenceError
 from mlvicx_dist.evaluate.budget import equal_time, measured
+from mlvicx_dist.evaluate.compare_plan import COMPARISON, Plan, checked, make_plan
 from mlvicx_dist.evaluate.compare_table import lines
 from mlvicx_dist.evaluate.comparison import (
     RESULT,
     SETTINGS,
     TABLE,
     images_path,
-    read_diverged,
     scores_path,
     write_diverged,
     write_found,
 )
 from mlvicx_dist.evaluate.embed import about_shards
-from mlvicx_dist.evaluate.methods import Method, methods_of
+from mlvicx_dist.evaluate.methods import Method
 from mlvicx_dist.evaluate.overlap import label_overlap
 from mlvicx_dist.evaluate.pixels import Pixels
 from mlvicx_dist.evaluate.task import (
@@ -47,55 +47,29 @@ from mlvicx_dist.evaluate.task import (
     images_of,
     read_images,
     score,
-    splits_of,
     write_images,
     write_scores,
 )
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import say
 from mlvicx_dist.session import in_parallel, ray_session
-from mlvicx_dist.storage import Place, is_local, make_folder, place, write_whole
+from mlvicx_dist.storage import Place, make_folder, write_whole
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.stream.order import steps_per_epoch
-from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
 from mlvicx_dist.train.fingerprint import (
     accept_fingerprint,
-    check_fingerprint,
-    fingerprint,
-    read_fingerprint,
-    weights_digest,
 )
 from mlvicx_dist.train.group import each
 from mlvicx_dist.train.launch import (
     Outcome,
-    absolute,
-    check_model,
-    check_workers,
     pretrain,
     writing,
 )
 from mlvicx_dist.train.owner import once_free, only_driver
-from mlvicx_dist.train.source import open_shards, with_classes
 from mlvicx_dist.train.step import Member, make_model
 
 GOODBYE_S = 30.0
 """How long a driver that was just killed may still hold its run or comparison in a cluster."""
-COMPARISON = ("comparison", "name")
-"""What is refused, in the words of a comparison's settings."""
-SAME_SCORES = {
-    "data": ("loader_workers", "cache_dir", "cache_gb"),
-    "embedding": ("batch_size", "use_gpu"),
-}
-"""Settings of a task that leave its scores as they are."""
-PACE = {
-    "workers": ("num", "min", "cpus_per_worker", "use_gpu"),
-    "data": ("loader_workers",),
-    "train": ("recompute",),
-}
-"""Settings of a pretraining that change its seconds of a step and none of its numbers."""
-INIT = "train.init_from"
-"""The setting of a method that is a place."""
 
 
 @dataclass(frozen=True)
@@ -126,43 +100,6 @@ class Comparison:
         return [*lines(self.result), f"Written: {self.folder / RESULT}, {TABLE}.", last]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A comparison whose settings and data hold together.
-
-    Attributes:
-        config: The settings, with absolute paths.
-        folder: Where it lives.
-        methods: In the order of the settings.
-        total: Steps of the common settings.
-        identity: What makes its runs comparable; another one of it is another comparison.
-    """
-
-    config: CompareConfig
-    folder: Place
-    methods: list[Method]
-    total: int
-    identity: dict[str, Any]
-
-    def left(self) -> list[tuple[Method, int]]:
-        """Methods and seeds that some task has not judged; seed by seed."""
-        known = read_diverged(self.folder)
-        pairs: dict[str, tuple[Method, int]] = {}
-        for seed in self.config.seeds:
-            for method in self.methods:
-                # Raw pixels are one run for all seeds.
-                pairs.setdefault(method.run(seed), (method, seed))
-        return [pair for run, pair in pairs.items() if run not in known and self.unjudged(*pair)]
-
-    def unjudged(self, method: Method, seed: int) -> list[Task]:
-        """The tasks that have not judged a run."""
-        return [
-            task
-            for task in self.config.tasks
-            if not scores_path(self.folder, task.name, method.run(seed)).exists()
-        ]
-
-
 def compare(config: CompareConfig) -> Comparison:
     """Train and judge what has not been yet; the same call again goes on.
 
@@ -177,7 +114,7 @@ def compare(config: CompareConfig) -> Comparison:
         with writing(folder, "storage_path"):
             make_folder(folder)
             stack.enter_context(only_driver(folder, *COMPARISON))
-            wanted = _checked(plan)
+            wanted = checked(plan)
         images = {task.name: _images(plan, task) for task in config.tasks}
         _check_labels(plan)
         with writing(folder, "storage_path"):
@@ -200,103 +137,6 @@ def compare(config: CompareConfig) -> Comparison:
                 stopped = _train(plan, trained, steps, images)
         result = write_found(plan.folder, config)
     return Comparison(folder, result, stopped)
-
-
-def make_plan(config: CompareConfig) -> Plan:
-    """Check a comparison and say what it will do.
-
-    Raises:
-        UserError: something that the user can mend, said in one sentence.
-    """
-    config = _absolute(config)
-    check_workers(config.pretrain)
-    methods = methods_of(config)
-    shards = open_shards(config.pretrain)
-    for k, method in enumerate(methods):
-        try:
-            check_model(method.settings)
-            if not method.floor:
-                methods[k] = replace(method, settings=with_classes(method.settings, shards))
-        except ConfigError as error:
-            raise ConfigError(f"methods.{method.name}: {error}") from None
-    train = config.pretrain.train
-    per_epoch = steps_per_epoch(shards.sizes, train.batch_size, shards.weights)
-    return Plan(
-        config,
-        place(config.storage_path) / config.name,
-        methods,
-        train.total_steps(per_epoch),
-        _identity(config, shards.digests()),
-    )
-
-
-def _absolute(config: CompareConfig) -> CompareConfig:
-    """The settings with absolute paths: workers start in another folder."""
-    if not is_local(place(config.storage_path)):
-        raise DataError(
-            f"{config.storage_path}: a comparison is kept in a folder; set storage_path to one "
-            "that all nodes see."
-        )
-    tree = to_tree(config)
-    tree["pretrain"] |= to_tree(absolute(config.pretrain))
-    tree["storage_path"] = str(place(config.storage_path))
-    for changes in tree["methods"].values():
-        if isinstance(weights := changes.get(INIT), str):
-            changes[INIT] = str(place(weights))
-    for task in tree["tasks"]:
-        task["data"]["shards"] = [str(place(path)) for path in task["data"]["shards"]]
-    return CompareConfig.model_validate(tree)
-
-
-def _identity(config: CompareConfig, manifests: list[str]) -> dict[str, Any]:
-    common = fingerprint(config.pretrain, manifests)
-    common["train"].pop("seed")
-    if config.budget == "time":
-        # What else the seconds of a step follow from.
-        tree = to_tree(config.pretrain)
-        for section, keys in PACE.items():
-            common[section] = common.get(section, {}) | {key: tree[section][key] for key in keys}
-    methods = to_tree(config)["methods"]
-    for changes in methods.values():
-        if changes.get(INIT):
-            changes[INIT] = weights_digest(changes[INIT])
-    tasks: dict[str, Any] = {}
-    for task in config.tasks:
-        tree = to_tree(task)
-        for section, keys in SAME_SCORES.items():
-            for key in keys:
-                tree[section].pop(key)
-        opened = ShardSet.open(task.data.shards, splits=splits_of(task))
-        tree["data"]["shards"] = opened.digests()
-        tasks[task.name] = tree
-    return {
-        "pretrain": common,
-        "methods": methods,
-        "tasks": tasks,
-        # What the others' length follows from.
-        "budget": config.budget if config.budget == "images" else f"the time of {config.first}",
-    }
-
-
-def _checked(plan: Plan) -> dict[str, Any]:
-    """What is to be its fingerprint, if the comparison is still the one that was begun.
-
-    Methods and tasks may be added.
-
-    Raises:
-        CheckpointError: something changed; names what.
-    """
-    known = read_fingerprint(plan.folder) or plan.identity
-    wanted = {
-        **plan.identity,
-        **{
-            kind: {name: plan.identity[kind].get(name, one) for name, one in known[kind].items()}
-            for kind in ("methods", "tasks")
-        },
-    }
-    check_fingerprint(plan.folder, wanted, what=COMPARISON)
-    # One that is left out today may come back as it was.
-    return wanted | {kind: wanted[kind] | plan.identity[kind] for kind in ("methods", "tasks")}
 
 
 def _images(plan: Plan, task: Task) -> Images:

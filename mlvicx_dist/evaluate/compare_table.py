@@ -8,6 +8,7 @@ from typing import Any
 
 from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.evaluate.summary import cell, cut, wrapped
+from mlvicx_dist.evaluate.tables import signed
 from mlvicx_dist.progress import duration
 
 VIEWS = ("view AP", "view PA")
@@ -88,7 +89,7 @@ def _main(result: Result, name: str, task: Result) -> Table:
             method,
             _seeds(result, method, task),
             cell(task["auroc"][method]["mean"]),
-            _signed(apart[method]["mean"]) if method in apart else "",
+            signed(apart[method]["mean"]) if method in apart else "",
             cell(task["auprc"][method]["mean"]),
         ]
         for method in task["auroc"]
@@ -115,7 +116,7 @@ def _notes(result: Result, task: Result) -> Iterator[str]:
     if best and best["auroc"]:
         yield (
             f"{_over(result['reference'], best['baseline'], best['auroc']['mean'])}, "
-            f"AUPRC {_signed(best['auprc']['mean'])}."
+            f"AUPRC {signed(best['auprc']['mean'])}."
         )
     if any(len(one["mean"]["seeds"]) == 1 for one in task["auroc"].values()):
         yield "A method with one seed has an interval over patients alone."
@@ -146,7 +147,7 @@ def _learned(result: Result, names: Iterable[str]) -> Iterator[tuple[str, list[s
 def _over(reference: str, baseline: str, area: Result) -> str:
     return (
         f"{reference} minus {baseline}, of the others the best on the validation images: "
-        f"AUROC {_signed(area)}"
+        f"AUROC {signed(area)}"
     )
 
 
@@ -161,7 +162,7 @@ def _share_title(name: str, share: Result) -> str:
 def _means(result: Result, title: str, one: Result) -> Table:
     """Mean AUROCs and differences, of a share or a subgroup."""
     rows = [
-        [method, cell(mean), _signed(apart) if (apart := one["difference"].get(method)) else ""]
+        [method, cell(mean), signed(apart) if (apart := one["difference"].get(method)) else ""]
         for method, mean in one["methods"].items()
     ]
     notes = [
@@ -201,7 +202,3 @@ def missing(result: Result) -> Iterator[str]:
             yield f"{run} {why.rstrip('.')}."
     if waiting:
         yield f"Not trained and judged yet: {', '.join(waiting)}."
-
-
-def _signed(area: Mapping[str, float]) -> str:
-    return "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**area)

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from mlvicx_dist.config import SUPERVISED, CompareConfig, parse_config, parse_yaml
-from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.config import SUPERVISED, CompareConfig
+from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.budget import read_rates
 from mlvicx_dist.evaluate.compare_table import markdown
 from mlvicx_dist.evaluate.differences import judged
 from mlvicx_dist.evaluate.methods import Method, methods_of
 from mlvicx_dist.evaluate.task import Scores, read_images, read_scores
 from mlvicx_dist.progress import say
-from mlvicx_dist.storage import Place, read_bytes, told, write_whole
+from mlvicx_dist.storage import Place, read_bytes, write_whole
 from mlvicx_dist.train.launch import writing
+from mlvicx_dist.train.left import left_settings
 from mlvicx_dist.train.runlog import read_rows, trained_s
 
 SETTINGS, RESULT, TABLE = "compare.yaml", "comparison.json", "comparison.md"
@@ -78,17 +79,7 @@ def opened(folder: Place) -> CompareConfig:
     Raises:
         DataError: they cannot be read.
     """
-    path = folder / SETTINGS
-    try:
-        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-        assert isinstance(config, CompareConfig)
-        return config
-    except (OSError, ValueError, ConfigError, AssertionError) as error:
-        why = told(error) if isinstance(error, OSError) else str(error) or "another kind of file"
-        raise DataError(
-            f"{path}: the comparison's settings cannot be read ({why.rstrip('.')}); run the "
-            "comparison's command again, which writes them."
-        ) from None
+    return left_settings(CompareConfig, folder / SETTINGS)
 
 
 def found(folder: Place, config: CompareConfig) -> dict[str, Any]:

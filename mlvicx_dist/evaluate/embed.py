@@ -23,7 +23,7 @@ from mlvicx_dist.session import connected, in_parallel, ray_session
 from mlvicx_dist.storage import becoming, told
 from mlvicx_dist.stream.cache import Cache
 from mlvicx_dist.stream.labels import labels_of
-from mlvicx_dist.stream.loader import as_bytes
+from mlvicx_dist.stream.loader import as_bytes, lists_of
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import squared
 from mlvicx_dist.train.checkpoint import load_encoder
@@ -284,6 +284,7 @@ def embed_batches(
 
     Raises:
         DataError: an image cannot be read.
+        ResourceError: there is no GPU, or a loader process died.
     """
     device = device_of(show.use_gpu)
     encoders = [encoder.to(device).eval() for encoder in encoders]
@@ -293,10 +294,7 @@ def embed_batches(
         num_workers=show.loader_workers,
         collate_fn=list,
     )
-    for items in loader:
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
+    for items in lists_of(loader):
         with torch.inference_mode():
             images = torch.from_numpy(np.stack(items))[:, None].to(device)
             features = [encoder(images).float().cpu().numpy() for encoder in encoders]

@@ -28,14 +28,14 @@ from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.overlap import label_overlap, overlap_with_run, run_config
 from mlvicx_dist.evaluate.paired import compare
-from mlvicx_dist.evaluate.parts import parts_of
+from mlvicx_dist.evaluate.parts import parts_of, splits_of
 from mlvicx_dist.evaluate.pixels import Pixels, fit_for
 from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups
 from mlvicx_dist.model.encoder import Encoder, encoder_digest, untrained
 from mlvicx_dist.progress import progress
-from mlvicx_dist.storage import Place, make_folder, reaching, told, write_whole
+from mlvicx_dist.storage import Place, make_folder, place, reaching, told, write_whole
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.train.checkpoint import find_weights, load_encoder, trained_settings
 
@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     """
     weights = find_weights(checkpoint)
     run_dir = weights.parent.parent
-    folder = Path(out) if out else run_dir / "evaluations"
+    folder = place(out) if out else _own_folder(weights, run_dir)
     _check_folder(folder)
     encoder = load_encoder(weights)
     trained = trained_settings(weights)
@@ -79,7 +79,7 @@ def evaluate_checkpoint(
     embeddings = embed_shards(
         [encoder, bare, Pixels()],
         settings.data.shards,
-        splits=list(dict.fromkeys([settings.data.train, settings.data.val, settings.data.test])),
+        splits=splits_of(settings),
         size_px=size_px,
         batch_size=settings.embedding.batch_size,
         loader_workers=settings.data.loader_workers,
@@ -135,6 +135,21 @@ def _labels(
     tested, _ = about_shards(data.shards, splits=[data.test], cache=cache)
     learned, _ = about_shards(data.shards, splits=others, cache=cache)
     return label_overlap(tested, learned, config, where=f"the split '{data.test}'")
+
+
+def _own_folder(weights: Place, run_dir: Place) -> Place:
+    """`evaluations/` of a run.
+
+    Raises:
+        DataError: the weights lie in no run: what is two folders above them may be anything.
+    """
+    with _writing(run_dir):
+        if (run_dir / "config.yaml").is_file():
+            return run_dir / "evaluations"
+    raise DataError(
+        f"{weights}: these weights lie in no run, which would take the result; give a folder for "
+        "it with --out."
+    )
 
 
 def _check_folder(folder: Place) -> None:

@@ -24,7 +24,8 @@ from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import Parts
 from mlvicx_dist.evaluate.probe import mean_auroc
 from mlvicx_dist.model.encoder import Encoder, untrained
-from mlvicx_dist.objective.global_batch import convert_batch_norm, ddp_scale
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
+from mlvicx_dist.objective.global_batch import ddp_scale
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import scratch

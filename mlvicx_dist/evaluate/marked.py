@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.stream.loader import as_bytes
+from mlvicx_dist.stream.loader import as_bytes, lists_of
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import place_in_square, squared
 
@@ -95,6 +95,7 @@ class MarkedImages(Dataset[Marked | UserError]):
 
         Raises:
             DataError: an image or a mask cannot be read.
+            ResourceError: a loader process died.
         """
         loader: DataLoader[Any] = DataLoader(
             self,
@@ -103,10 +104,7 @@ class MarkedImages(Dataset[Marked | UserError]):
             num_workers=loader_workers,
             collate_fn=list,
         )
-        for items in loader:
-            for item in items:
-                if isinstance(item, UserError):
-                    raise item
+        for items in lists_of(loader):
             yield torch.from_numpy(np.stack([item.image for item in items]))[:, None], items
 
     def _marked(self, sample: int) -> Marked:

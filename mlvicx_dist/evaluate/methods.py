@@ -8,6 +8,7 @@ from typing import Any
 from mlvicx_dist.config import (
     FLOORS,
     LOSS_KEYS,
+    MODEL_KEYS,
     PIXELS,
     CompareConfig,
     PretrainConfig,
@@ -15,9 +16,6 @@ from mlvicx_dist.config import (
     set_key,
     to_tree,
 )
-
-BY_METHOD = ("levels", "context", "predictor_width", "classes")
-"""What of `model` a method decides where nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ def _method(config: CompareConfig, name: str, changes: dict[str, Any]) -> Method
     tree = to_tree(base)
     if method != base.method:
         tree["method"] = method
-        for key in BY_METHOD:
-            tree["model"].pop(key)
-        tree["loss"] = {k: v for k, v in tree["loss"].items() if k in LOSS_KEYS[method]}
+        for section, keys in (("model", MODEL_KEYS), ("loss", LOSS_KEYS)):
+            both = set(keys[base.method]) & set(keys[method])
+            tree[section] = {k: v for k, v in tree[section].items() if k in both}
     where = f"methods.{name}"
     for key, value in changes.items():
         set_key(tree, key, value, where=where)

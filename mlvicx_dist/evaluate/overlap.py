@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_dist.config import PretrainConfig, parse_config, parse_yaml
+from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.ingest.leaks import Hashed, hashed
 from mlvicx_dist.ingest.phash import as_words, near_pairs
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.progress import progress
-from mlvicx_dist.storage import Place, read_bytes, told
+from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.train.left import left_settings, left_text
 
 
 def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[str, Any]:
@@ -52,15 +53,9 @@ def run_config(run_dir: Place) -> PretrainConfig:
         UserError: they cannot be read.
     """
     path = run_dir / "config.yaml"
-    try:
-        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-    except FileNotFoundError:
-        raise DataError(f"there is no {path}, which names them.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read, {told(error)}.") from None
-    if not isinstance(config, PretrainConfig):
-        raise DataError(f"{path} is no pretraining's.")
-    return config
+    if not left_text(path):
+        raise DataError(f"there is no {path}, which names them.")
+    return left_settings(PretrainConfig, path)
 
 
 def label_overlap(

@@ -47,6 +47,12 @@ class Parts:
     left_out: dict[str, str]
 
 
+def splits_of(settings: EvaluateConfig) -> list[str]:
+    """The splits that an evaluation reads, each once."""
+    data = settings.data
+    return list(dict.fromkeys([data.train, data.val, data.test]))
+
+
 def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
     """The splits and classes of the settings.
 

@@ -22,7 +22,7 @@ from mlvicx_dist.errors import DataError, DivergenceError, UserError
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import share_areas, shares_of
 from mlvicx_dist.evaluate.overlap import overlap, pretraining_images
-from mlvicx_dist.evaluate.parts import Parts, parts_of
+from mlvicx_dist.evaluate.parts import Parts, parts_of, splits_of
 from mlvicx_dist.evaluate.pixels import fit_for
 from mlvicx_dist.evaluate.subgroups import members
 from mlvicx_dist.progress import progress
@@ -104,11 +104,6 @@ def images_of(task: EvaluateConfig, pretraining: PretrainConfig) -> Images:
             "overlap": _overlap(task, pretraining, tested),
         },
     )
-
-
-def splits_of(task: EvaluateConfig) -> list[str]:
-    """The splits that a task reads, each once."""
-    return list(dict.fromkeys([task.data.train, task.data.val, task.data.test]))
 
 
 def score(

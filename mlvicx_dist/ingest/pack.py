@@ -240,6 +240,17 @@ def _mended(
         DataError: the folder holds another packing, or a source file has changed.
     """
     manifest = read_manifest(tasks[0].out)
+    if manifest.version != mlvicx_dist.__version__:
+        raise DataError(
+            f"{manifest.folder}: mlvicx_dist {manifest.version} packed this, and this is "
+            f"{mlvicx_dist.__version__}, whose shards may be others; choose another --out."
+        )
+    mode = tasks[0].settings.near_duplicates
+    if mode != "allow" and manifest.settings.get("near_duplicates") == "allow":
+        raise DataError(
+            f"{manifest.folder}: this was packed with --near-duplicates allow, so it may hold "
+            f"copies of one image in two splits; to pack with {mode} choose another --out."
+        )
     if manifest.settings.get("plan") != digest:
         raise DataError(
             f"{manifest.folder}: other images, settings or another salt were packed there; "
@@ -285,7 +296,7 @@ def _open_notes(out: Place, digest: str) -> Place:
     plan_file = notes / "plan"
     if plan_file.exists() and plan_file.read_text() != digest:
         raise DataError(
-            f"{out}: a packing of other images, settings or another salt was begun there; "
+            f"{out}: a packing of other images, settings, another salt or version was begun there; "
             f"finish that one, remove {out}, or choose another --out."
         )
     write_whole(plan_file, digest.encode())

@@ -265,7 +265,7 @@ def read_index(folder: str | Path, info: ShardInfo) -> np.ndarray:
     """
     path = index_path(place(folder) / info.name)
     try:
-        index = parse_index(path.read_bytes(), info)
+        index = parse_index(read_bytes(path), info)
     except OSError:
         index = None
     if index is None:

@@ -31,7 +31,7 @@ from mlvicx_dist.ingest.shards import (
 )
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import Place, is_local, place, read_bytes
+from mlvicx_dist.storage import Place, is_local, place, reaching, read_bytes, told
 
 HEX32, HEX64 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 SIDES = {"label", "left", "top", "right", "bottom"}
@@ -198,11 +198,16 @@ def _look(task: _Task) -> _Seen:
     folder = place(task.manifest.folder)
     seen = _Seen(info)
     path = folder / info.name
-    if not path.exists():
+    try:
+        with reaching(path):
+            # A remote shard is read once, into memory.
+            file = path.open("rb") if is_local(path) else io.BytesIO(read_bytes(path))
+    except FileNotFoundError:
         seen.problems.append(f"{path}: the shard is missing")
         return seen
-    # A remote shard is read once, into memory.
-    file = path.open("rb") if is_local(path) else io.BytesIO(read_bytes(path))
+    except OSError as error:
+        seen.problems.append(f"{path}: the shard cannot be read ({told(error)})")
+        return seen
     with file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             seen.problems.append(f"{path}: its bytes are not those that were written (SHA-256)")

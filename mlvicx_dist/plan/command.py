@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from mlvicx_dist.capacity import memory_bytes
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import ConfigError, DataError, ResourceError
 from mlvicx_dist.plan.estimate import estimate
@@ -24,7 +25,6 @@ from mlvicx_dist.plan.request import Machines, Request, machines_for
 from mlvicx_dist.plan.result import Loading, Plan
 from mlvicx_dist.plan.work import count_work, exchange_of
 from mlvicx_dist.progress import progress
-from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.storage import is_local, place
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.stream.shardset import ShardSet

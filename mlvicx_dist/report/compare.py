@@ -17,6 +17,7 @@ from mlvicx_dist.report.charts import Chart
 from mlvicx_dist.report.contact import for_page
 from mlvicx_dist.report.context_maps import context_maps
 from mlvicx_dist.storage import Place
+from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.train.checkpoint import load_encoder
 
 CONTEXT_IMAGES = 4
@@ -31,6 +32,7 @@ def of_comparison(folder: Place) -> dict[str, Any]:
     config = opened(folder)
     methods = methods_of(config)
     result = found(folder, config)
+    context, no_context = _context(folder, methods, config)
     groups = list(dict.fromkeys(g for one in result["tasks"].values() for g in one["subgroups"]))
     return {
         "folder": folder,
@@ -47,7 +49,8 @@ def of_comparison(folder: Place) -> dict[str, Any]:
             for task in config.tasks
             if task.name in result["tasks"]
         ],
-        "context": _context(folder, methods, config),
+        "context": context,
+        "no_context": no_context,
         "changes": {m.name: _changes(m, config) for m in methods},
         "settings": yaml.safe_dump(to_tree(config), sort_keys=False),
     }
@@ -77,22 +80,33 @@ def _planes(folder: Place, task: Task, methods: list[Method], config: CompareCon
     return charts
 
 
-def _context(folder: Place, methods: list[Method], config: CompareConfig) -> list[dict[str, str]]:
-    """The context maps of each run that has context, is trained and is there."""
+def _context(
+    folder: Place, methods: list[Method], config: CompareConfig
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The context maps of each run that has context and is trained, and why some are not there."""
     task = config.tasks[0]
-    found = []
+    found, missing = [], []
     for method in methods:
         if method.floor or not method.settings.model.context:
             continue
         run = method.run(config.seeds[0])
+        if not (folder / "runs" / run).exists():
+            continue
         try:
             encoder = load_encoder(folder / "runs" / run)
-            picture = context_maps(encoder, task.data.shards, task.data.test, count=CONTEXT_IMAGES)
-        except UserError:
+            picture = context_maps(
+                encoder,
+                task.data.shards,
+                task.data.test,
+                count=CONTEXT_IMAGES,
+                cache=cache_of(task.data),
+            )
+        except UserError as error:
+            missing.append(str(error))
             continue
         if picture:
             words = (
                 f"Test images, a row each, and the spatial gate of each level of {run} over them"
             )
             found.append(for_page(picture, caption=run, alt=words))
-    return found
+    return found, missing

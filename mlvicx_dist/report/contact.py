@@ -16,6 +16,7 @@ from mlvicx_dist.config import Views
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.stream import keyed
 from mlvicx_dist.stream.augment import photometrics, two_views
+from mlvicx_dist.stream.cache import Cache
 from mlvicx_dist.stream.loader import as_bytes
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import squared
@@ -27,17 +28,17 @@ MASK, BOX = (213, 94, 0), (240, 228, 66)
 
 def contact_sheet(
     folders: Sequence[str | Path], views: Views, *, count: int, seed: int = 0
-) -> Image.Image:
+) -> tuple[Image.Image, int]:
     """Images drawn at random, each beside its two views, with its labels, mask and boxes.
 
     Args:
         folders: Shard folders.
         views: How the views are made.
-        count: Images shown.
+        count: Images shown, if there are so many.
         seed: Of the choice and of the views.
 
     Returns:
-        An RGB picture, two images a row.
+        An RGB picture, two images a row; and how many images it shows.
     """
     shown = list(contacts(folders, views, count=count, seed=seed))
     columns = min(2, len(shown))
@@ -50,15 +51,22 @@ def contact_sheet(
         top = GAP_PX + place // columns * height
         sheet.paste(strip, (left, top))
         draw.text((left, top + CELL_PX + 2), caption, fill=TEXT)
-    return sheet
+    return sheet, len(shown)
 
 
 def contacts(
-    folders: Sequence[str | Path], views: Views, *, count: int, seed: int = 0
+    folders: Sequence[str | Path],
+    views: Views,
+    *,
+    count: int,
+    seed: int = 0,
+    splits: Sequence[str] | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[tuple[Image.Image, str]]:
     """The same one by one: an image beside its two views, RGB, and what is known of it."""
-    splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
-    shards = ShardSet.open(folders, splits=splits)
+    if splits is None:
+        splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
+    shards = ShardSet.open(folders, splits=splits, cache=cache)
     chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
     for sample in chosen.tolist():
         image, known = as_bytes(shards.image(sample)), shards.about(sample)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from mlvicx_dist.evaluate.embed import WholeImages
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.report.contact import BACKGROUND, CAPTION_PX, CELL_PX, GAP_PX, TEXT
+from mlvicx_dist.stream.cache import Cache
 from mlvicx_dist.stream.shardset import ShardSet
 
 WARM = (213, 94, 0)
@@ -19,7 +20,12 @@ WARM = (213, 94, 0)
 
 
 def context_maps(
-    encoder: Encoder, folders: Sequence[str | Path], split: str, *, count: int
+    encoder: Encoder,
+    folders: Sequence[str | Path],
+    split: str,
+    *,
+    count: int,
+    cache: Cache | None = None,
 ) -> Image.Image | None:
     """Images, and over each the spatial gate of every level, tinted from its least to its most.
 
@@ -28,6 +34,7 @@ def context_maps(
         folders: Shard folders.
         split: Whose images.
         count: How many, spread over the split.
+        cache: Where the shards of URLs are kept; None: the default place.
 
     Returns:
         An RGB picture, an image a row; None where the encoder has no context.
@@ -37,7 +44,7 @@ def context_maps(
     """
     if not encoder.backbone.gates:
         return None
-    whole = WholeImages(ShardSet.open(folders, splits=[split]), encoder.image_size_px)
+    whole = WholeImages(ShardSet.open(folders, splits=[split], cache=cache), encoder.image_size_px)
     images = []
     for sample in np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int):
         item = whole[int(sample)]

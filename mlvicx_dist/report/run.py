@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from statistics import median
 from typing import Any
 
 import yaml
 
-from mlvicx_dist.config import METHODS, PretrainConfig, parse_config, parse_yaml, to_tree
-from mlvicx_dist.errors import ConfigError, DataError, UserError
+from mlvicx_dist.config import METHODS, PretrainConfig, flat, to_tree
+from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.evaluate.overlap import overlap_words
 from mlvicx_dist.evaluate.tables import remarks, tables
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contacts, for_page
-from mlvicx_dist.storage import Place, read_bytes
+from mlvicx_dist.storage import Place
+from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.train.left import left_json, left_settings, left_text
 from mlvicx_dist.train.runlog import read_rows, trained_s
 
 CONTACT_IMAGES = 6
+AGAIN = "run the run's command again, which writes it"
 
 
 def of_run(run_dir: Place) -> dict[str, Any]:
@@ -27,19 +30,18 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         DataError: the folder is no run.
     """
     path = run_dir / "config.yaml"
-    try:
-        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-        assert isinstance(config, PretrainConfig)
-    except (OSError, ValueError, AssertionError, ConfigError):
+    if not left_text(path):
         raise DataError(
             f"{run_dir}: it is no folder of a run, a sweep or a comparison (no config.yaml, "
             "sweep.yaml or compare.yaml in it); give storage_path/name."
-        ) from None
+        )
+    config = left_settings(PretrainConfig, path)
     rows = read_rows(run_dir / "metrics.jsonl")
     evaluations = [
-        json.loads(path.read_text(encoding="utf-8"))
+        left_json(path, remedy="evaluate again, or remove it")
         for path in sorted((run_dir / "evaluations").glob("*.json"))
     ]
+    pictures, why = _contact(config)
     return {
         "run_dir": run_dir,
         "config": config,
@@ -59,18 +61,15 @@ def of_run(run_dir: Place) -> dict[str, Any]:
             }
             for e in evaluations
         ],
-        "contact": _contact(config),
-        "about": _json(run_dir / "environment.json"),
+        "contact": pictures,
+        "no_contact": why,
+        "about": left_json(run_dir / "environment.json", remedy=AGAIN) or {},
     }
-
-
-def _json(path: Place) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
     """How far the run is, in words for the head of the page."""
-    state = _json(run_dir / "state.json")
+    state = left_json(run_dir / "state.json", remedy=AGAIN) or {}
     last = rows[-1] if rows else {}
     steps = int(state.get("steps", 0))
     return {
@@ -85,7 +84,7 @@ def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
+    return median(values) if values else 0.0
 
 
 def _heads(rows: list[dict[str, float]]) -> list[str]:
@@ -102,28 +101,26 @@ def _changed(config: PretrainConfig) -> list[tuple[str, Any, Any]]:
     for section, values in to_tree(config).items():
         if section in ("run", "data") or not isinstance(values, dict):
             continue
-        for key, value in _leaves(values, section):
-            usual = dict(_leaves(default[section], section)).get(key)
-            if value != usual:
-                found.append((key, value, usual))
+        usual = flat(default[section], prefix=f"{section}.")
+        for key, value in flat(values, prefix=f"{section}.").items():
+            if value != usual.get(key):
+                found.append((key, value, usual.get(key)))
     return found
 
 
-def _leaves(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        leaves += _leaves(value, name) if isinstance(value, dict) else [(name, value)]
-    return leaves
-
-
-def _contact(config: PretrainConfig) -> list[dict[str, str]]:
-    """Images beside their views, or nothing where the shards are no longer there."""
+def _contact(config: PretrainConfig) -> tuple[list[dict[str, str]], str]:
+    """Images beside their views, or why there are none."""
+    shown = contacts(
+        [folder.path for folder in config.data.shards],
+        config.views,
+        count=CONTACT_IMAGES,
+        splits=config.data.splits,
+        cache=cache_of(config.data),
+    )
     try:
-        folders = [folder.path for folder in config.data.shards]
         return [
             for_page(strip, caption=caption, alt=f"A stored image and its two views: {caption}")
-            for strip, caption in contacts(folders, config.views, count=CONTACT_IMAGES)
-        ]
-    except UserError:
-        return []
+            for strip, caption in shown
+        ], ""
+    except UserError as error:
+        return [], str(error)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
-from mlvicx_dist.config import SweepConfig, parse_config, parse_yaml
-from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.config import SweepConfig
 from mlvicx_dist.progress import duration
 from mlvicx_dist.report import sweep_charts
-from mlvicx_dist.storage import Place, read_bytes, told
+from mlvicx_dist.storage import Place
+from mlvicx_dist.train.left import left_json, left_settings, left_text
 from mlvicx_dist.tune.records import Record, Records, best, looks_share
 from mlvicx_dist.tune.space import Space, open_space, short, worded
 
@@ -33,7 +32,9 @@ def of_sweep(folder: Place) -> dict[str, Any]:
     step = common_step(records)
     leader = best(records)
     keys = list(space.dimensions)
-    confirmed = _comparison(folder / "confirm.json")
+    confirmed = left_json(
+        folder / "confirm.json", remedy="remove it and run the sweep's command again"
+    )
     return {
         "folder": folder,
         "config": config,
@@ -42,7 +43,7 @@ def of_sweep(folder: Place) -> dict[str, Any]:
         "columns": ["trial", "state", "step", "target", *(short(key, keys) for key in keys)],
         "counts": Counter(record.state for record in records),
         "best": leader,
-        "best_yaml": _text(folder / "best.yaml") if leader else "",
+        "best_yaml": left_text(folder / "best.yaml") if leader else "",
         "confirmed": confirmed,
         "confirmed_heads": ["configuration", *_seeds(confirmed), "mean"],
         "target": TARGETS[config.target.kind],
@@ -51,7 +52,7 @@ def of_sweep(folder: Place) -> dict[str, Any]:
         "looks": looks_share(records),
         "worded": worded,
         "charts": sweep_charts.of_records(records, space, step, leader) if step else [],
-        "settings": _text(folder / SETTINGS),
+        "settings": left_text(folder / SETTINGS),
     }
 
 
@@ -67,39 +68,9 @@ def common_step(records: list[Record]) -> int:
 
 
 def _opened(folder: Place) -> tuple[SweepConfig, Space]:
-    path = folder / SETTINGS
-    try:
-        config = parse_config(parse_yaml(read_bytes(path).decode(), str(path)), str(path))
-        assert isinstance(config, SweepConfig)
-        return config, open_space(config)
-    except (OSError, ValueError, ConfigError, AssertionError) as error:
-        why = told(error) if isinstance(error, OSError) else str(error) or "another kind of file"
-        raise DataError(
-            f"{path}: the sweep's settings cannot be read ({why.rstrip('.')}); run the sweep's "
-            "command again, which writes them."
-        ) from None
-
-
-def _comparison(path: Place) -> Any:
-    text = _text(path)
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        raise DataError(
-            f"{path}: the comparison is damaged; remove the file and run the sweep's command again."
-        ) from None
+    config = left_settings(SweepConfig, folder / SETTINGS)
+    return config, open_space(config)
 
 
 def _seeds(confirmed: Any) -> list[str]:
     return [f"seed {seed}" for seed in confirmed["seeds"]] if confirmed else []
-
-
-def _text(path: Place) -> str:
-    try:
-        return read_bytes(path).decode()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise DataError(
-            f"{path}: the file cannot be read ({told(error)}); mend your access to it."
-        ) from None

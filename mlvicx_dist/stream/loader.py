@@ -5,7 +5,7 @@ Step t of a run is column t mod steps of epoch t div steps: resuming is starting
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from mlvicx_dist.stream.shardset import ShardSet
 
 LOSSES = 2
 """How often in a row, at one step, loader processes may die."""
+DIED = "DataLoader worker (pid"
+"""What PyTorch says where a loader process is gone; what one raised it says in other words."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def batches(
                     at, losses = item.step + 1, 0
                     yield item
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if DIED not in str(error):
                     raise
                 # What a batch is depends on its step alone: new processes go on where it was lost.
                 losses += 1
@@ -184,6 +186,28 @@ def batches(
             finally:
                 # An error that is raised here would keep it, and its processes, in a cycle.
                 del items
+
+
+def lists_of(loader: DataLoader[Any]) -> Iterator[list[Any]]:
+    """What a loader that collates by `list` gives, as long as no item is an error.
+
+    Raises:
+        UserError: an item is one: PyTorch would turn what is raised in a loader into a traceback.
+        ResourceError: a loader process died.
+    """
+    try:
+        for items in loader:
+            for item in items:
+                if isinstance(item, UserError):
+                    raise item
+            yield items
+    except RuntimeError as error:
+        if DIED not in str(error):
+            raise
+        raise ResourceError(
+            "a loader process died, perhaps for want of memory; lower loader_workers or the batch "
+            "size of what was embedded and run the same command again."
+        ) from None
 
 
 def _as_it_is(item: Any) -> Any:

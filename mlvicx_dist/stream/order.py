@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from mlvicx_dist.errors import DataError
+from mlvicx_dist.storage import becoming
 from mlvicx_dist.stream import keyed
 
 IN_MEMORY_BYTES = 64 * 2**20
@@ -117,10 +117,8 @@ def epoch_lanes(
     path = folder / f"order-{name}-{epoch}.npy"
     with FileLock(folder / f"order-{name}.lock"):
         if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
+            with becoming(path) as partial, partial.open("wb") as file:
                 np.save(file, epoch_order(shard_sizes, batch, seed, epoch, weights))
-            partial.replace(path)
             (folder / f"order-{name}-{epoch - 2}.npy").unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")[lanes]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import DataError, nearest
 from mlvicx_dist.ingest.record import ALLOWED_KEYS
 from mlvicx_dist.ingest.shards import Manifest, ShardInfo, decode_image, read_index, read_manifest
 from mlvicx_dist.storage import is_local
@@ -65,9 +65,17 @@ class ShardSet:
             cache: Where the shards of URLs are kept; None: the default place and size.
 
         Raises:
-            DataError: a folder holds no whole set of shards, or none of the splits.
+            DataError: a folder holds no whole set of shards, or none of the splits, or no folder
+                has one of them.
         """
         manifests = tuple(read_manifest(folder) for folder in folders)
+        named = sorted({name for manifest in manifests for name in manifest.splits})
+        for split in splits:
+            if split not in named and len(splits) > 1:
+                raise DataError(
+                    f"{', '.join(str(m.folder) for m in manifests)}: there is no split "
+                    f"'{split}'{nearest(split, named)}; the splits there are {', '.join(named)}."
+                )
         wanted = [
             kept_bytes(info)
             for manifest in manifests

@@ -233,7 +233,12 @@ def check_digest(path: Path) -> None:
     try:
         seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = path.stat().st_size == seal["bytes"] and digest(path) == seal["sha256"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{path}: there is no {path.with_suffix('.json').name} beside it, which tells whether "
+            "a checkpoint is whole; give a run, a step-*.pt in one, or an export folder."
+        ) from None
+    except (ValueError, KeyError, TypeError):
         whole = False
     except OSError as error:
         raise CheckpointError(_unreadable(path, error)) from None

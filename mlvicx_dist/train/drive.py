@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlvicx_dist.capacity import room_for
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.progress import progress
-from mlvicx_dist.session import on_cluster, room_for, scratch
+from mlvicx_dist.session import on_cluster, scratch
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.group import POLL_S, Fit, cluster, each, trainer, where_logs_are
 from mlvicx_dist.train.owner import TOKEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mlvicx_dist.config import LOSS_KEYS, PretrainConfig, to_tree
+from mlvicx_dist.config import LOSS_KEYS, PretrainConfig, flat, to_tree
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.storage import Place, read_bytes, write_whole
 from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy, local_folder
@@ -74,7 +74,7 @@ def check_fingerprint(
     changed: list[str] = []
     there = read_fingerprint(run_dir)
     if there is not None:
-        old, new = _flat(there), _flat(wanted)
+        old, new = flat(there, lists=True), flat(wanted, lists=True)
         changed = [
             f"{key} was {old.get(key)} and is {new.get(key)}"
             for key in sorted(old.keys() | new.keys())
@@ -120,13 +120,3 @@ def read_fingerprint(run_dir: Place) -> dict[str, Any] | None:
             "are still those that the run was made with."
         )
     return tree
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict | list):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

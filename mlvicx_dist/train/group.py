@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlvicx_dist.capacity import check_resources, this_machine
 from mlvicx_dist.config import Workers
 from mlvicx_dist.errors import TrainingError
-from mlvicx_dist.session import check_resources, on_cluster, ray_session, this_machine
+from mlvicx_dist.session import on_cluster, ray_session
 from mlvicx_dist.train.allocator import FROM_THE_START
 from mlvicx_dist.train.shown import Row, Silence
 

@@ -167,17 +167,14 @@ def check_model(config: PretrainConfig) -> int:
     """Build the model without memory, and count its parameters.
 
     Raises:
-        ConfigError: the backbone or a level does not exist, or the method's loss is not installed.
+        ConfigError: the backbone or a level does not exist, `train.recompute` cannot be had, or the
+            method's loss is not installed.
     """
-    import torch
-
-    from mlvicx_dist.model.mlvicx import build_model
     from mlvicx_dist.objective.baselines import check_library
-    from mlvicx_dist.train.step import random_model
+    from mlvicx_dist.train.dry import shapes_of
 
     check_library(config.method)
-    with torch.device("meta"):
-        model = build_model(random_model(config), 0)
+    model = shapes_of(config)
     there = model.encoder.levels
     off = set(config.loss.level_weights) - set(there)
     if off:

@@ -172,12 +172,14 @@ def train(
 
 
 def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:
-    """Say that bf16 costs time here and gains none."""
+    """Say where bf16 costs time and gains none, or has no effect."""
     if config.train.precision == "bf16" and member.device.type == "cpu" and bf16_in_software():
         say(
             "this CPU computes bf16 in software, which takes some 20 times as long as float32; "
             "stop, and begin with train.precision=float32."
         )
+    if config.train.gradients == "bf16" and member.world_size == 1:
+        say("one worker exchanges no gradients: train.gradients has no effect.")
 
 
 def _resume(

@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mlvicx_dist.capacity import memory_bytes
 from mlvicx_dist.config import Method, PretrainConfig
 from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.objective.baselines import FROM_LIBRARY
-from mlvicx_dist.session import memory_bytes
 from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 
 PROCESS_BYTES = 600_000_000

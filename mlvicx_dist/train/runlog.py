@@ -133,9 +133,17 @@ class SampleLog:
 
 
 def read_rows(path: Place) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    try:
+        text = read_bytes(path).decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -154,10 +162,6 @@ def trained_s(rows: Sequence[Mapping[str, float]]) -> float:
 
 def _cut(path: Path, step: int) -> None:
     """Remove the rows past `step`: they will be written again."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if not path.exists():
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    partial.replace(path)
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from mlvicx_dist.capacity import refused_launches
 from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.progress import Progress, duration
-from mlvicx_dist.session import refused_launches
 
 REFUSALS_S = 20.0
 """How often the autoscaler is asked what it was refused, while workers are waited for."""

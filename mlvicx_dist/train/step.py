@@ -20,8 +20,8 @@ from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import (
-    convert_batch_norm,
     ddp_scale,
     global_terms,
     weighted_loss,

@@ -19,8 +19,7 @@ from importlib.util import find_spec
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from mlvicx_dist.config import PretrainConfig, to_tree
-from mlvicx_dist.config.compare import flat
+from mlvicx_dist.config import PretrainConfig, flat, to_tree
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.storage import Place, is_local, read_bytes, write_whole
 
@@ -35,9 +34,6 @@ Row = Mapping[str, Any]
 
 class Service(Protocol):
     """A run as a service has it."""
-
-    errors: tuple[type[Exception], ...]
-    """What it raises where it cannot be reached or does not want to."""
 
     def begin(self) -> None:
         """Go on with the run, or begin it."""
@@ -60,9 +56,6 @@ class MLflow:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        from mlflow.exceptions import MlflowException
-
-        self.errors: tuple[type[Exception], ...] = (MlflowException, OSError)
         self._config, self._run_dir = config, run_dir
 
     def begin(self) -> None:
@@ -107,9 +100,6 @@ class WandB:
     def __init__(self, config: PretrainConfig, run_dir: Place) -> None:
         # Its reports of its own errors.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-
-        self.errors: tuple[type[Exception], ...] = (wandb.Error, OSError)
         self._config, self._run_dir = config, run_dir
 
     def begin(self) -> None:
@@ -219,27 +209,30 @@ class _Sender:
         self._thread.join(PATIENCE_S)
 
     def _send(self, config: PretrainConfig, run_dir: Place) -> None:
-        service = SERVICES[self._name](config, run_dir)
         waiting: deque[Row] = deque()
-        begun = told = ended = False
+        service: Service | None = None
+        told = ended = False
         while not ended:
             given = self.rows.get()
             ended = isinstance(given, bool)
             if not isinstance(given, bool):
                 waiting.append(given)
             try:
-                if not begun:
-                    service.begin()
-                    begun = True
+                if service is None:
+                    new = SERVICES[self._name](config, run_dir)
+                    new.begin()
+                    service = new
                 while waiting:
                     service.write(waiting[0])
                     waiting.popleft()
                 told = False
                 if isinstance(given, bool):
                     service.end(given)
-            except service.errors as error:
+            # Whatever the library or its database raises: a thread would end without a word.
+            except Exception as error:
                 if not told:
-                    why = str(error).strip().partition("\n")[0].rstrip(".")
+                    said = str(error).strip().partition("\n")[0].rstrip(".")
+                    why = said or type(error).__name__
                     self._say(
                         f"run.track.{self._name}: rows cannot be sent ({why[:200]}); training goes "
                         "on, they wait, and metrics.jsonl has all of them."

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlvicx_dist
 
-LIBRARIES = ("torch", "ray", "timm", "numpy", "pillow", "webdataset", "pydicom")
+LIBRARIES = (
+    *("torch", "ray", "timm", "numpy", "pillow", "imagecodecs", "scipy", "webdataset", "pydicom"),
+    "lightly",
+)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of this package and of what decides its numbers."""
-    return {"mlvicx_dist": mlvicx_dist.__version__, **{name: version(name) for name in LIBRARIES}}
+    """Versions of this package and of what decides its numbers; `none` where one is optional."""
+    return {"mlvicx_dist": mlvicx_dist.__version__, **{name: _version(name) for name in LIBRARIES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def bf16_in_software() -> bool:

@@ -112,9 +112,14 @@ def inside(error: BaseException | None, kind: type[E]) -> E | None:
 
 @contextmanager
 def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Call `show` with each row that comes through the channel while the block runs."""
+    """Call `show`, in a thread, with each row that comes through the channel in the block.
+
+    Raises:
+        Exception: what `show` raised, when the block ends; no row after that one was shown.
+    """
     channel.touch()
     ended = threading.Event()
+    raised: list[Exception] = []
 
     def follow() -> None:
         with channel.open(encoding="utf-8") as file:
@@ -124,7 +129,11 @@ def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[
                 while piece := file.readline():
                     line += piece
                     if line.endswith("\n"):
-                        show(json.loads(line))
+                        try:
+                            show(json.loads(line))
+                        except Exception as error:
+                            raised.append(error)
+                            return
                         line = ""
                 if last_look:
                     return
@@ -137,3 +146,5 @@ def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[
     finally:
         ended.set()
         thread.join()
+    if raised:
+        raise raised[0]

@@ -12,8 +12,9 @@ import ray
 from ray import tune
 from ray.tune.stopper import Stopper
 
+from mlvicx_dist.capacity import slots
 from mlvicx_dist.errors import ResourceError, TrainingError, UserError
-from mlvicx_dist.session import scratch, slots
+from mlvicx_dist.session import scratch
 from mlvicx_dist.train.group import each, where_logs_are
 from mlvicx_dist.train.memory import PROCESS_BYTES, needed_bytes
 from mlvicx_dist.tune.plan import Plan

@@ -21,6 +21,7 @@ from mlvicx_dist.config import (
     Dimension,
     PretrainConfig,
     SweepConfig,
+    flat,
     parse_config,
     set_key,
     to_tree,
@@ -206,7 +207,7 @@ def open_space(config: SweepConfig) -> Space:
                 f"space.{longer}: space.{shorter} already sets what is below it; leave one out."
             )
     space = Space(config.pretrain, {key: config.space[key] for key in keys})
-    allowed = _leaves(to_tree(config.pretrain))
+    allowed = list(flat(to_tree(config.pretrain)))
     for key, dimension in space.dimensions.items():
         if LEVEL_WEIGHT.match(key):
             continue
@@ -252,15 +253,6 @@ def _check_value(space: Space, key: str, value: Any) -> None:
         raise ConfigError(
             f"space.{key}: {value!r} cannot be tried, since {words.rstrip('.')}{whole}."
         ) from None
-
-
-def _leaves(tree: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of all settings that are no mapping."""
-    keys = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        keys += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [name]
-    return keys
 
 
 def described(point: Point) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as RichTable
 
-from mlvicx_dist.progress import say
+from mlvicx_dist.progress import plain, say
 from mlvicx_dist.tune.records import Record, Records, best
 from mlvicx_dist.tune.space import described
 
@@ -67,7 +67,7 @@ class _Live(Table):
             self.say(f"trial {record.name} {record.state}: {record.cause}")
 
     def say(self, line: str) -> None:
-        self._live.console.print(line)
+        self._live.console.print(plain(line), markup=False)
 
 
 def drawn(records: list[Record], *, trials: int, total: int) -> RichTable:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from mlvicx_dist import session
+from mlvicx_dist import capacity
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -96,13 +96,13 @@ def test_what_kuberay_may_add_counts(monkeypatch, tmp_path):
     monkeypatch.setattr("ray._private.state.state.get_cluster_config", lambda: None)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.0}}])
     monkeypatch.setenv("RAY_CLUSTER_NAME", "mlvicx")
-    monkeypatch.setattr(session, "POD_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr(capacity, "POD_NAMESPACE", tmp_path / "namespace")
     (tmp_path / "namespace").write_text("here")
-    assert session.slots({"CPU": 2, "GPU": 1}) == 4
-    assert session.slots({"CPU": 24, "GPU": 1}) == 0
+    assert capacity.slots({"CPU": 2, "GPU": 1}) == 4
+    assert capacity.slots({"CPU": 24, "GPU": 1}) == 0
     assert asked[:2] == ["here", "rayclusters/mlvicx"]
     del cluster["spec"]["enableInTreeAutoscaling"]
-    assert session.slots({"CPU": 2, "GPU": 1}) == 0
+    assert capacity.slots({"CPU": 2, "GPU": 1}) == 0
 
 
 def test_a_job_uploads_code_and_settings_alone(tmp_path):

@@ -68,6 +68,16 @@ def test_no_worker_is_waited_for_where_none_can_be(config, monkeypatch):
     assert "room for 0" in found[0].words
 
 
+def test_a_worker_that_does_not_fit_is_told(config, monkeypatch):
+    monkeypatch.setattr(examination, "slots", lambda one: 2)
+    monkeypatch.setattr(examination._Ward, "_storage", lambda *given: iter(()))
+    ward = examination._Ward({}, {"here": 2.0})
+    ward._facts = {"here": {"cpus": 2, "memory_bytes": 10**8, "gpus": []}}
+    *_, last = ward.run(load_as(PretrainConfig, config))
+    assert (last.name, last.state) == ("run", "bad")
+    assert "where a node has 0.0 GB for it" in last.words
+
+
 @pytest.mark.slow
 def test_one_machine_within_a_minute(config):
     began = time.monotonic()

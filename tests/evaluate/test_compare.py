@@ -13,7 +13,7 @@ from small import small_tree
 from mlvicx_dist.cli import main
 from mlvicx_dist.config import EvaluateConfig, Task, parse_config, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
-from mlvicx_dist.evaluate import budget, compare
+from mlvicx_dist.evaluate import budget, compare, compare_plan
 from mlvicx_dist.evaluate.compare_table import markdown
 from mlvicx_dist.evaluate.comparison import found, opened, scores_path, write_diverged
 from mlvicx_dist.evaluate.evaluation import evaluate_checkpoint
@@ -291,7 +291,7 @@ def test_a_task_says_what_an_evaluation_says(alone, phantom_shards, tmp_path, ca
     assert found["few_labels"][0]["methods"]["mlvicx"]["value"] == pytest.approx(share)
     assert found["subgroups"]["view AP"]["images"] == result["subgroups"]["view AP"]["images"]
     # The untrained encoder is the one that the run of its seed started from.
-    plan = compare.make_plan(opened(folder))
+    plan = compare_plan.make_plan(opened(folder))
     method = next(m for m in plan.methods if m.floor == "untrained")
     ours, theirs = compare._encoder(plan, method, 5), untrained(encoder, 5)
     images = torch.randint(0, 255, (2, 1, 32, 32), dtype=torch.uint8)
@@ -319,7 +319,7 @@ def test_settings_of_speed_make_another_comparison_at_equal_time(phantom_shards,
     """Measured rates are those of the same workers; at equal images these change nothing."""
     for given in ("images", "time"):
         plain = tree(phantom_shards, tmp_path, budget=given)
-        known = compare._identity(parse_config(plain, "t"), ["manifest"])
+        known = compare_plan._identity(parse_config(plain, "t"), ["manifest"])
         for section, changed in [
             ("workers", {"num": 2}),
             ("workers", {"min": 1}),
@@ -331,7 +331,7 @@ def test_settings_of_speed_make_another_comparison_at_equal_time(phantom_shards,
             pretrain = dict(plain["pretrain"])
             pretrain[section] = pretrain.get(section, {}) | changed
             config = parse_config(plain | {"pretrain": pretrain}, "t")
-            other = compare._identity(config, ["manifest"])
+            other = compare_plan._identity(config, ["manifest"])
             assert (other == known) == (given == "images"), (given, section, changed)
 
 
@@ -345,7 +345,7 @@ def test_the_weights_that_a_method_starts_from_are_part_of_it(
         (tmp_path / path).mkdir(exist_ok=True)
         (tmp_path / path / "encoder.safetensors").write_bytes(content)
         methods = {"mlvicx": {}, "later": {"train.init_from": path}}
-        return compare.make_plan(parse_config(tree(phantom_shards, "c", methods=methods), "t"))
+        return compare_plan.make_plan(parse_config(tree(phantom_shards, "c", methods=methods), "t"))
 
     first = plan("a", b"weights")
     assert first.methods[1].settings.train.init_from == str(tmp_path / "a")

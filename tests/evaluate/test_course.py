@@ -25,6 +25,8 @@ def exported(tmp_path):
         folder = tmp_path / "run" / "exports" / "step-00000001"
         encoder = Encoder.from_model(build_model(MODEL, 0), 32).eval()
         save_export(encoder, folder, card="a card", known=known)
+        # It lies in a run, of which no more is known.
+        (tmp_path / "run" / "config.yaml").touch()
         return folder
 
     return write
@@ -136,7 +138,7 @@ def test_an_encoder_that_learned_labels_says_so_or_is_refused(
     result, _ = evaluate_checkpoint(folder, config)
     assert result["overlap"]["labels"] == {"splits": ["train"], "images": 48, "of": 64}
     assert "learned the labels of the split train" in words(result)
-    (tmp_path / "run" / "config.yaml").unlink()
+    (tmp_path / "run" / "config.yaml").write_text("")
     result, _ = evaluate_checkpoint(folder, config)
     assert "whether test patients are among them is unknown" in words(result)
     run_of(["train", "test"])

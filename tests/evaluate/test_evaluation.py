@@ -281,6 +281,19 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     assert main(["export", str(tmp_path / "x"), "--out", str(tmp_path / "y")]) == 0
     assert (tmp_path / "y" / "README.md").read_text() == card
 
+    # An export lies in no run: beside it may be anything.
+    alone = ["evaluate", str(tmp_path / "x"), str(tmp_path / "e.yaml")]
+    capsys.readouterr()
+    assert main(alone) == 2
+    assert "these weights lie in no run" in capsys.readouterr().err
+    assert main([*alone, "--out", str(tmp_path / "found")]) == 0
+    assert (tmp_path / "found" / "phantoms.json").exists()
+
+    (run_dir / "evaluations" / "phantoms.json").write_text("{")
+    capsys.readouterr()
+    assert main(["report", str(run_dir)]) == 2
+    assert "phantoms.json: the file is damaged; evaluate again" in capsys.readouterr().err
+
 
 def test_a_checkpoint_that_does_not_fit_is_an_error(phantom_shards, tmp_path, capsys):
     import torch

@@ -157,6 +157,9 @@ def test_allowing_keeps_both_and_verify_says_so(images, salt, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "out"), "--workers", "1", "--json"]) == 1
     (leak,) = json.loads(capsys.readouterr().out)["leaks"]
     assert {leak["first"]["split"], leak["second"]["split"]} == {"train", "test"}
+    drop = PackSettings(near_duplicates="drop")
+    with pytest.raises(DataError, match="packed with --near-duplicates allow"):
+        pack(images, tmp_path / "out", settings=drop, salt=salt)
 
 
 def test_test_images_that_another_set_was_trained_on_are_found(images, salt, tmp_path, capsys):

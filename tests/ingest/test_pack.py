@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import mlvicx_dist
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest.masks import RunLengths, encode_runs, stored_mask
@@ -112,6 +113,12 @@ def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(phantom_files, tmp_
 def test_another_salt_is_refused(phantom_records, phantom_shards):
     with pytest.raises(DataError, match="another salt"):
         pack(phantom_records, phantom_shards, settings=SETTINGS, salt=b"\x02" * 32)
+
+
+def test_what_another_version_packed_is_said(phantom_records, phantom_shards, salt, monkeypatch):
+    monkeypatch.setattr(mlvicx_dist, "__version__", "9.9")
+    with pytest.raises(DataError, match=r"mlvicx_dist [\d.]+ packed this, and this is 9\.9"):
+        pack(phantom_records, phantom_shards, settings=PackSettings(), salt=salt)
 
 
 @pytest.fixture
@@ -327,7 +334,7 @@ def test_a_mask_goes_with_its_image_and_is_resized_with_it(salt, tmp_path):
     shards = ShardSet.open([tmp_path / "out"], splits=["train"])
     assert np.array_equal(shards.mask(0), stored)
     assert verify(tmp_path / "out").problems == ()
-    sheet = contact_sheet([tmp_path / "out"], Views(), count=1)
+    sheet, _ = contact_sheet([tmp_path / "out"], Views(), count=1)
     assert sheet.getpixel((6 + 112, 6 + 40))[0] > sheet.getpixel((6 + 112, 6 + 40))[2]
 
 

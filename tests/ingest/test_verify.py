@@ -41,6 +41,7 @@ def test_a_whole_folder_is_whole(shards, capsys):
         (lambda p: p.write_bytes(p.read_bytes()[:-9000]), "SHA-256"),
         (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "SHA-256"),
         (lambda p: p.unlink(), "missing"),
+        (lambda p: (p.unlink(), p.mkdir()), "the shard cannot be read (Is a directory)"),
         (lambda p: index_path(p).write_bytes(b"x"), "index is missing or damaged"),
         (lambda p: p.with_name("train-999999.tar").write_bytes(b""), "does not name"),
     ],

@@ -13,7 +13,7 @@ from mlvicx_dist.model.export_folder import load_export, save_export
 from mlvicx_dist.model.heads import LocalHead as Head
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import build_model
-from mlvicx_dist.objective.global_batch import convert_batch_norm
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
 
 SMALL = Model(local=LocalHead(resize_px=16, channels=8, pool=2), projector=Projector(width=16))
 FAMILIES = [

@@ -25,7 +25,8 @@ from mlvicx_dist.config import (
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss, check_library
-from mlvicx_dist.objective.global_batch import convert_batch_norm, ddp_scale
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
+from mlvicx_dist.objective.global_batch import ddp_scale
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.report.charts import of_run
 from mlvicx_dist.report.run import _heads
@@ -209,6 +210,16 @@ def test_a_preset_is_the_default_but_for_the_method(method):
 def test_the_fingerprint_of_mlvicx_does_not_know_the_baselines(tmp_path):
     loss = fingerprint(config(tmp_path, "mlvicx"), ["m"])["loss"]
     assert list(loss) == ["global", "local", "lambda_local", "level_weights"]
+
+
+def test_heads_that_a_method_has_not_are_left_out(tmp_path):
+    usual = Model()
+    for method in ("vicreg", "supervised"):
+        found = config(
+            tmp_path, method, model__local={"channels": 8}, model__projector={"width": 8}
+        )
+        assert (found.model.local, found.model.level_convs) == (usual.local, usual.level_convs)
+        assert (found.model.projector == usual.projector) == (method == "supervised")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlvicx_dist.config import LocalHead, Loss, Model, Projector
 from mlvicx_dist.model.mlvicx import build_model
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import (
-    convert_batch_norm,
     ddp_scale,
     global_terms,
     weighted_loss,

@@ -115,7 +115,7 @@ def test_what_has_no_label_is_refused(packed, phantom_shards):
     none = packed("none", lambda labels: {})
     with pytest.raises(DataError, match=r"no image of the split train has a label of .*\.$"):
         resolved(bare, none)
-    with pytest.raises(DataError, match="no image of the split val has a label"):
+    with pytest.raises(DataError, match="there is no split 'val'"):
         resolved(
             packed("given", dict),
             splits=["train", "val"],

@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlvicx_dist.config import Loss, Model, Train, parse_config
 from mlvicx_dist.model.mlvicx import build_model
-from mlvicx_dist.objective import baselines, global_batch, labels
+from mlvicx_dist.objective import baselines, batch_norm, global_batch, labels
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
-from mlvicx_dist.objective.global_batch import convert_batch_norm, global_terms, weighted_loss
+from mlvicx_dist.objective.batch_norm import convert_batch_norm
+from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.plan.work import (
     FLOAT_BYTES,
@@ -152,7 +153,8 @@ def test_a_baseline_gathers_its_embeddings(config, monkeypatch, method):
         for part in parts:
             part.copy_(own)
 
-    monkeypatch.setattr(global_batch, "world_size", lambda: 2)
+    for module in (global_batch, batch_norm):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(baselines, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "all_gather", gather)
@@ -193,7 +195,8 @@ def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
         for part in parts:
             part.copy_(own)
 
-    monkeypatch.setattr(global_batch, "world_size", lambda: 2)
+    for module in (global_batch, batch_norm):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather", gather)
     monkeypatch.setattr(dist, "all_reduce", lambda x: reduced.append(x.nbytes))
     model = convert_batch_norm(build_model(settings.model, 0), torch.device("cpu"))

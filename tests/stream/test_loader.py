@@ -129,6 +129,34 @@ def test_loader_processes_that_die_again_and_again_are_one_sentence(shards, monk
         in_a_thread(lambda: collect(shards, workers=1))
 
 
+def test_what_fails_in_a_loader_process_is_not_taken_for_its_death(shards, monkeypatch):
+    def fail(self, step):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(Steps, "_batch", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        in_a_thread(lambda: collect(shards, workers=1))
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, place):
+        os._exit(1)
+
+
+def test_a_loader_process_that_dies_beside_an_evaluation_is_one_sentence():
+    images = torch.utils.data.DataLoader(Deadly(), num_workers=1, collate_fn=list)
+    with pytest.raises(ResourceError, match="a loader process died"):
+        in_a_thread(lambda: list(loader.lists_of(images)))
+
+
+def test_a_split_that_no_folder_has_is_named(phantom_shards):
+    with pytest.raises(DataError, match=r"no split 'vall' \(did you mean 'val'\?\)"):
+        ShardSet.open([phantom_shards], splits=["train", "vall"])
+
+
 @pytest.mark.parametrize(("there", "instead"), [(b'"source"', b"!source!"), (b'"sex"', b'"six"')])
 def test_a_damaged_description_of_a_sample_is_one_sentence(
     phantom_shards, tmp_path, there, instead

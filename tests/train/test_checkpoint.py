@@ -81,6 +81,9 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         find_weights(tmp_path)
     (tmp_path / "x.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"no x\.json beside it"):
+        check_digest(tmp_path / "x.pt")
+    (tmp_path / "x.json").write_text('{"bytes": 2, "sha256": ""}')
     with pytest.raises(CheckpointError, match="damaged"):
         check_digest(tmp_path / "x.pt")
     torch.save({"state_dict": {}}, tmp_path / "y.pt")

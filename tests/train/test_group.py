@@ -8,12 +8,13 @@ import pytest
 import ray
 from ray.autoscaler.v2 import sdk
 
+from mlvicx_dist.capacity import refused_launches
 from mlvicx_dist.doctor.findings import launches
 from mlvicx_dist.errors import DataError, ResourceError, TrainingError
-from mlvicx_dist.session import refused_launches
 from mlvicx_dist.train import shown
 from mlvicx_dist.train.group import fitted
 from mlvicx_dist.train.shown import Refusals, Shown, placed
+from mlvicx_dist.train.watch import watching
 
 
 @pytest.mark.parametrize(
@@ -125,3 +126,12 @@ def test_what_ends_a_group_is_one_sentence(tmp_path):
         ended(WorkerGroupError("no place", {}))
     with pytest.raises(DataError, match=r"^mine$"):
         ended(WorkerGroupError("a worker failed", {0: DataError("mine")}))
+
+
+def test_what_goes_wrong_where_rows_are_shown_is_not_lost(tmp_path):
+    def show(row):
+        raise OSError(row["step"])
+
+    with pytest.raises(OSError, match="1"), watching(tmp_path / "rows", show):
+        with (tmp_path / "rows").open("a") as file:
+            file.write('{"step": 1}\n{"step": 2}\n')

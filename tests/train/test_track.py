@@ -46,8 +46,6 @@ def test_addresses_that_cannot_be_are_refused(tmp_path, address, words):
 class Gone:
     """A service that is not there for the first rows."""
 
-    errors = (OSError,)
-
     def __init__(self, config, run_dir):
         self.rows, self.tries = [], 0
 
@@ -136,3 +134,23 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert starts and all(start.name.endswith(f"-{known}") for start in starts)
     kept = b"".join(path.read_bytes() for start in starts for path in start.rglob("*.wandb"))
     assert b"train.batch_size" in kept and str(tmp_path / "samples").encode() not in kept
+
+
+@pytest.mark.parametrize("where", ["__init__", "begin"])
+def test_whatever_a_library_raises_is_told(tmp_path, monkeypatch, where):
+    class Broken(Gone):
+        pass
+
+    def fail(self, *given):
+        raise ModuleNotFoundError("No module named 'psycopg2'")
+
+    setattr(Broken, where, fail)
+    monkeypatch.setitem(track.SERVICES, "mlflow", Broken)
+    monkeypatch.setattr(track, "find_spec", lambda name: True)
+    said = []
+    with tracking(
+        config(tmp_path, mlflow="postgresql://nowhere"), tmp_path, total=3, say=said.append
+    ) as write:
+        write({"step": 3, "loss": 1.0})
+    (words,) = said
+    assert "run.track.mlflow: rows cannot be sent (No module named 'psycopg2')" in words

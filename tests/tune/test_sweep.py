@@ -195,6 +195,10 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
             "images of the split would be held back",
         ),
         ({"space": {"loss.lambda_local": {"log_uniform": [1, 2]}}}, "a grid needs a choice"),
+        (
+            {"search": {"by": "grid", "warm_start": {"sweep": "earlier"}}},
+            "search.warm_start has no effect with search.by: grid",
+        ),
         ({"search": {"warm_start": {"sweep": "/nowhere/sweep"}}}, "none of its 0 finished trials"),
     ],
 )
@@ -209,7 +213,7 @@ def test_what_is_refused_before_ray_starts(phantom_shards, tmp_path, capsys, cha
     [
         ("sweep.yaml", b"\xff\xfe", "settings cannot be read"),
         ("sweep.yaml", b"kind: pretrain", "settings cannot be read"),
-        ("confirm.json", b"{", "the comparison is damaged"),
+        ("confirm.json", b"{", "confirm.json: the file is damaged"),
         ("trials/0000/trial.json", b"[", "the record of a trial is damaged"),
     ],
 )
