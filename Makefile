@@ -8,9 +8,6 @@ PINS := $(CURDIR)/constraints.txt
 # Processes, networks and mounts that end with the tests: `ray stop` reaches nobody else's Ray.
 APART := unshare --net --pid --fork --mount --mount-proc --kill-child
 
-# Tests wait for processes more than they compute: two files at a time.
-BESIDE := -n 2 --dist loadfile
-
 .PHONY: help demo test test-all chaos cluster-test bench docs check format lock audit release clean
 
 help:
@@ -41,10 +38,10 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not chaos and not cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not chaos and not cluster and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(BESIDE) -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos

@@ -211,6 +211,7 @@ def test_from_an_export_to_all_parts_of_the_result(disc_shards, tmp_path, monkey
     """Two workers on Ray, relative paths, and the same again."""
     export = tmp_path / "run" / "exports" / "step-00000001"
     save_export(make_encoder(), export, card="a card", known={})
+    (tmp_path / "run" / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
     config = settings(
         disc_shards,
