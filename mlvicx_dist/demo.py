@@ -53,7 +53,7 @@ model:
   local: {{resize_px: 16, channels: 128}}
 train:
   batch_size: 32
-  epochs: 8
+  epochs: 5
   optimizer: adamw
   learning_rate_per_256: 8e-3
   weight_decay: 1e-4
