@@ -36,7 +36,7 @@ HEAD = """\
 `make bench` writes this page; `python benchmarks/run.py step` measures one again. A ratio above 1
 means that ours is better, the limit is the least ratio allowed. Contenders are measured by turns in
 one run, as each script says at its top with threads, sizes and rounds; figures of different days or
-machines are not to be compared.
+machines are not to be compared. A benchmark without a table here was not measured in this form yet.
 """
 TAIL = "## Before and after\n"
 

@@ -50,6 +50,12 @@ def test_an_unknown_command_is_the_users_error():
     assert caught.value.code == 2
 
 
+def test_fewer_than_no_loader_processes_are_the_users_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["embed", "run", "shards", "--out", "x", "--loader-workers", "-1"])
+    assert caught.value.code == 2 and "-1 is less than 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

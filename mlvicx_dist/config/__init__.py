@@ -24,16 +24,12 @@ from mlvicx_dist.config.files import (
     to_tree,
 )
 from mlvicx_dist.config.keys import flat, set_key
+from mlvicx_dist.config.methods import LOSS_KEYS, METHODS, MODEL_KEYS, SUPERVISED, Method
 from mlvicx_dist.config.pretrain import (
-    LOSS_KEYS,
     MAY_VARY,
-    METHODS,
-    MODEL_KEYS,
     NUMBER_BYTES,
-    SUPERVISED,
     LocalHead,
     Loss,
-    Method,
     Model,
     Precision,
     PretrainConfig,

@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from mlvicx_dist.config.base import Count, Name, Settings
 from mlvicx_dist.config.evaluate import EvaluateConfig, Knn
 from mlvicx_dist.config.keys import flat
-from mlvicx_dist.config.pretrain import MAY_VARY, METHODS
+from mlvicx_dist.config.methods import METHODS
+from mlvicx_dist.config.pretrain import MAY_VARY
 from mlvicx_dist.config.sweep import Pretraining
 from mlvicx_dist.errors import nearest
 

@@ -9,7 +9,7 @@ from mlvicx_dist.errors import ConfigError
 
 
 def flat(tree: Mapping[str, Any], *, lists: bool = False, prefix: str = "") -> dict[str, Any]:
-    """The values of nested settings by their dotted keys; an empty mapping is a value.
+    """The values of nested settings by their dotted keys; what is empty is a value.
 
     Args:
         tree: The settings.
@@ -19,7 +19,7 @@ def flat(tree: Mapping[str, Any], *, lists: bool = False, prefix: str = "") -> d
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if lists and isinstance(value, list):
+        if lists and isinstance(value, list) and value:
             value = dict(enumerate(value))
         if isinstance(value, Mapping) and value:
             found |= flat(value, lists=lists, prefix=f"{name}.")

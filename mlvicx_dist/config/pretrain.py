@@ -8,19 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlvicx_dist.config.base import Cached, Count, Fraction, Name, NonNegative, Positive, Settings
+from mlvicx_dist.config.methods import LOSS_KEYS, METHODS, MODEL_KEYS, SUPERVISED, Method
 
-Method = Literal["mlvicx", "vicreg", "barlow_twins", "simclr", "simsiam", "supervised"]
-SUPERVISED: Method = "supervised"
-"""The one that reads labels."""
-METHODS: dict[str, str] = {
-    "mlvicx": "MLVICX (arXiv 2403.11504)",
-    "vicreg": "VICReg (arXiv 2105.04906)",
-    "barlow_twins": "Barlow Twins (arXiv 2103.03230)",
-    "simclr": "SimCLR (arXiv 2002.05709)",
-    "simsiam": "SimSiam (arXiv 2011.10566)",
-    "supervised": "Supervised (cross-entropy of the labels)",
-}
-"""What pages call them."""
 MAY_VARY = re.compile(
     r"^(loss|model|views)\.|"
     r"^train\.(optimizer|learning_rate_per_256|weight_decay|warmup_epochs|cosine_over|precision|"
@@ -179,27 +168,6 @@ class Loss(Settings):
     """SimCLR: what the cosines are divided by."""
     label_splits: list[str] = Field(default=["train"], min_length=1)
     """Supervised: the splits whose labels are read; those of the others are masked."""
-
-
-LOSS_KEYS: dict[Method, tuple[str, ...]] = {
-    "mlvicx": ("global", "local", "lambda_local", "level_weights"),
-    "vicreg": ("global",),
-    "barlow_twins": ("redundancy",),
-    "simclr": ("temperature",),
-    "simsiam": (),
-    "supervised": ("label_splits",),
-}
-"""What of `loss` each method reads."""
-_EACH = ("backbone", "channels", "init")
-MODEL_KEYS: dict[Method, tuple[str, ...]] = {
-    "mlvicx": (*_EACH, "levels", "level_convs", "context", "local", "projector"),
-    "vicreg": (*_EACH, "projector"),
-    "barlow_twins": (*_EACH, "projector"),
-    "simclr": (*_EACH, "projector"),
-    "simsiam": (*_EACH, "projector", "predictor_width"),
-    "supervised": (*_EACH, "classes"),
-}
-"""What of `model` each method reads."""
 
 
 class Train(Settings):

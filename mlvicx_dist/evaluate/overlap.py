@@ -21,7 +21,7 @@ from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.left import left_settings, left_text
+from mlvicx_dist.train.left import left_settings
 
 
 def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[str, Any]:
@@ -53,9 +53,10 @@ def run_config(run_dir: Place) -> PretrainConfig:
         UserError: they cannot be read.
     """
     path = run_dir / "config.yaml"
-    if not left_text(path):
-        raise DataError(f"there is no {path}, which names them.")
-    return left_settings(PretrainConfig, path)
+    try:
+        return left_settings(PretrainConfig, path)
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}, which names them.") from None
 
 
 def label_overlap(

@@ -245,16 +245,16 @@ def _mended(
             f"{manifest.folder}: mlvicx_dist {manifest.version} packed this, and this is "
             f"{mlvicx_dist.__version__}, whose shards may be others; choose another --out."
         )
+    if manifest.settings.get("plan") != digest:
+        raise DataError(
+            f"{manifest.folder}: other images, settings or another salt were packed there; "
+            "choose another --out."
+        )
     mode = tasks[0].settings.near_duplicates
     if mode != "allow" and manifest.settings.get("near_duplicates") == "allow":
         raise DataError(
             f"{manifest.folder}: this was packed with --near-duplicates allow, so it may hold "
             f"copies of one image in two splits; to pack with {mode} choose another --out."
-        )
-    if manifest.settings.get("plan") != digest:
-        raise DataError(
-            f"{manifest.folder}: other images, settings or another salt were packed there; "
-            "choose another --out."
         )
     infos = {shard.name: shard for shard in manifest.shards}
     dropped = frozenset(manifest.settings["dropped"])

@@ -34,11 +34,12 @@ def write_report(folder: str | Place) -> Place:
         with reaching(folder):
             kind = next((kind for kind in KINDS if (folder / kind).is_file()), None)
     except OSError as error:
-        raise DataError(
-            f"{folder}: the folder cannot be read ({told(error)}); mend your access to it."
-        ) from None
+        raise DataError(_unread(folder, error)) from None
     values_of, page = KINDS.get(kind or "", (of_run, "run.html.j2"))
-    values = values_of(folder)
+    try:
+        values = values_of(folder)
+    except OSError as error:
+        raise DataError(_unread(folder, error)) from None
     environment = Environment(loader=PackageLoader("mlvicx_dist.report"), autoescape=True)
     template = environment.get_template(page)
     path = folder / "report.html"
@@ -47,6 +48,10 @@ def write_report(folder: str | Place) -> Place:
     except OSError as error:
         raise DataError(f"{path}: the page cannot be written ({told(error)}).") from None
     return path
+
+
+def _unread(folder: Place, error: OSError) -> str:
+    return f"{folder}: the folder cannot be read ({told(error)}); mend your access to it."
 
 
 @cache

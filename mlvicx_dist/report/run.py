@@ -16,11 +16,11 @@ from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contacts, for_page
 from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.train.left import left_json, left_settings, left_text
+from mlvicx_dist.train.left import left_json, left_settings
 from mlvicx_dist.train.runlog import read_rows, trained_s
 
 CONTACT_IMAGES = 6
-AGAIN = "run the run's command again, which writes it"
+WITHOUT = "remove it: the page does without"
 
 
 def of_run(run_dir: Place) -> dict[str, Any]:
@@ -29,18 +29,14 @@ def of_run(run_dir: Place) -> dict[str, Any]:
     Raises:
         DataError: the folder is no run.
     """
-    path = run_dir / "config.yaml"
-    if not left_text(path):
+    try:
+        config = left_settings(PretrainConfig, run_dir / "config.yaml")
+    except FileNotFoundError:
         raise DataError(
             f"{run_dir}: it is no folder of a run, a sweep or a comparison (no config.yaml, "
             "sweep.yaml or compare.yaml in it); give storage_path/name."
-        )
-    config = left_settings(PretrainConfig, path)
+        ) from None
     rows = read_rows(run_dir / "metrics.jsonl")
-    evaluations = [
-        left_json(path, remedy="evaluate again, or remove it")
-        for path in sorted((run_dir / "evaluations").glob("*.json"))
-    ]
     pictures, why = _contact(config)
     return {
         "run_dir": run_dir,
@@ -52,24 +48,37 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         "rows": rows,
         "charts": charts.of_run(rows, _heads(rows)) if rows else [],
         "evaluations": [
-            {
-                "result": e,
-                "charts": charts.of_evaluation(e),
-                "tables": tables(e),
-                "remarks": remarks(e),
-                "overlap": overlap_words(e["overlap"]) if "overlap" in e else "",
-            }
-            for e in evaluations
+            _evaluation(path) for path in sorted((run_dir / "evaluations").glob("*.json"))
         ],
         "contact": pictures,
         "no_contact": why,
-        "about": left_json(run_dir / "environment.json", remedy=AGAIN) or {},
+        "about": left_json(run_dir / "environment.json", remedy=WITHOUT) or {},
     }
+
+
+def _evaluation(path: Place) -> dict[str, Any]:
+    """What the page shows of an evaluation.
+
+    Raises:
+        DataError: it is damaged or cannot be read.
+    """
+    remedy = "evaluate again, or remove it"
+    found = left_json(path, remedy=remedy) or {}
+    try:
+        return {
+            "result": found,
+            "charts": charts.of_evaluation(found),
+            "tables": tables(found),
+            "remarks": remarks(found),
+            "overlap": overlap_words(found["overlap"]) if "overlap" in found else "",
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: the file is damaged; {remedy}.") from None
 
 
 def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
     """How far the run is, in words for the head of the page."""
-    state = left_json(run_dir / "state.json", remedy=AGAIN) or {}
+    state = left_json(run_dir / "state.json", remedy=WITHOUT) or {}
     last = rows[-1] if rows else {}
     steps = int(state.get("steps", 0))
     return {

@@ -205,8 +205,8 @@ def lists_of(loader: DataLoader[Any]) -> Iterator[list[Any]]:
         if DIED not in str(error):
             raise
         raise ResourceError(
-            "a loader process died, perhaps for want of memory; lower loader_workers or the batch "
-            "size of what was embedded and run the same command again."
+            "a loader process died, perhaps for want of memory; lower loader_workers or batch_size "
+            "and run the same command again."
         ) from None
 
 

@@ -70,6 +70,7 @@ class ShardSet:
         """
         manifests = tuple(read_manifest(folder) for folder in folders)
         named = sorted({name for manifest in manifests for name in manifest.splits})
+        # Of one split alone each folder that lacks it is named below.
         for split in splits:
             if split not in named and len(splits) > 1:
                 raise DataError(

@@ -17,32 +17,31 @@ from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.storage import Place, reaching, read_bytes, told
 
 C = TypeVar("C", PretrainConfig, SweepConfig, CompareConfig)
-KINDS: dict[type[Settings], str] = {
-    PretrainConfig: "run",
-    SweepConfig: "sweep",
-    CompareConfig: "comparison",
+SETTINGS_OF: dict[type[Settings], tuple[str, str]] = {
+    PretrainConfig: ("run", "restore the file"),
+    SweepConfig: ("sweep", "run the sweep's command again, which writes them"),
+    CompareConfig: ("comparison", "run the comparison's command again, which writes them"),
 }
+"""Whose they are, and what to do where they are damaged."""
 
 
 def left_settings(kind: type[C], path: Place) -> C:
     """The settings that a command wrote into its folder.
 
     Raises:
+        FileNotFoundError: there are none.
         DataError: they cannot be read, or are of another kind.
     """
+    whose, remedy = SETTINGS_OF[kind]
+    text, why = _read(path), "another kind of file"
     try:
-        with reaching(path):
-            text = read_bytes(path).decode()
-        config = parse_config(parse_yaml(text, str(path)), str(path))
+        tree = parse_yaml(text, str(path))
+        config = parse_config(tree, str(path)) if isinstance(tree, dict) else None
         if isinstance(config, kind):
             return config
-        why = "another kind of file"
-    except (OSError, ValueError, AttributeError, ConfigError) as error:
-        why = told(error) if isinstance(error, OSError) else str(error)
-    raise DataError(
-        f"{path}: the {KINDS[kind]}'s settings cannot be read ({why.rstrip('.')}); run the "
-        f"{KINDS[kind]}'s command again, which writes them."
-    )
+    except ConfigError as error:
+        why = str(error).rstrip(".")
+    raise DataError(f"{path}: the {whose}'s settings cannot be read ({why}); {remedy}.")
 
 
 def left_text(path: Place) -> str:
@@ -52,18 +51,13 @@ def left_text(path: Place) -> str:
         DataError: it cannot be read.
     """
     try:
-        with reaching(path):
-            return read_bytes(path).decode(errors="replace")
+        return _read(path)
     except FileNotFoundError:
         return ""
-    except OSError as error:
-        raise DataError(
-            f"{path}: the file cannot be read ({told(error)}); mend your access to it."
-        ) from None
 
 
-def left_json(path: Place, *, remedy: str) -> Any:
-    """The value of a JSON file; None where there is none.
+def left_json(path: Place, *, remedy: str) -> dict[str, Any] | None:
+    """The object of a JSON file; None where there is no file.
 
     Args:
         path: Of the file.
@@ -72,8 +66,24 @@ def left_json(path: Place, *, remedy: str) -> Any:
     Raises:
         DataError: it is damaged or cannot be read.
     """
-    text = left_text(path)
     try:
-        return json.loads(text) if text else None
+        found = json.loads(_read(path))
+    except FileNotFoundError:
+        return None
     except ValueError:
-        raise DataError(f"{path}: the file is damaged; {remedy}.") from None
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: the file is damaged; {remedy}.")
+    return found
+
+
+def _read(path: Place) -> str:
+    try:
+        with reaching(path):
+            return read_bytes(path).decode(errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path}: the file cannot be read ({told(error)}); mend your access to it."
+        ) from None

@@ -156,14 +156,13 @@ def test_the_uploaded_code_wins_over_an_installed_copy(cluster):
         assert "runtime_resources" in re.search(rf"^{who} (.*)$", said, re.MULTILINE)[1]
 
 
-def test_the_first_step_comes_soon(cluster, record_property):
+def test_first_step_within_a_minute(cluster, record_property):
     config = cluster.lan.config("first")
     began = time.time()
     cluster.job("pretrain", config)
     first = min(row["time"] for row in cluster.lan.groups("first")[0].steps[1])
     record_property("seconds", first - began)
-    # The goal is a minute. Three machines on two cores: 40 s, and 64 s on a CPU without AVX-512.
-    assert first - began < 100
+    assert first - began < 60
 
 
 def test_three_nodes_have_the_loss_curve_of_one(cluster):

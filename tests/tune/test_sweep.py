@@ -199,6 +199,10 @@ def test_all_failed(ray, phantom_shards, tmp_path, capsys):
             {"search": {"by": "grid", "warm_start": {"sweep": "earlier"}}},
             "search.warm_start has no effect with search.by: grid",
         ),
+        (
+            {"target": {"kind": "effective_rank", "classes": ["a"]}},
+            "target.classes has no effect with target.kind: effective_rank",
+        ),
         ({"search": {"warm_start": {"sweep": "/nowhere/sweep"}}}, "none of its 0 finished trials"),
     ],
 )
