@@ -207,7 +207,7 @@ def test_settings_of_another_kind_are_refused(capsys):
     ("backbone", "side", "rows"), [("resnet18", 96, 16), ("resnet18", 224, 6), ("resnet50", 128, 6)]
 )
 def test_a_step_on_this_cpu_takes_what_was_foretold_within_a_quarter(backbone, side, rows):
-    """By the time of this process, on one thread: what else runs here is left out."""
+    """By the time of this process, on one thread, the least of three: what else runs only adds."""
     settings = load_as(
         PretrainConfig,
         ROOT / "configs" / "pretrain" / "default.yaml",
@@ -221,19 +221,19 @@ def test_a_step_on_this_cpu_takes_what_was_foretold_within_a_quarter(backbone, s
     )
     work, step = count_work(settings, rows), training_step(settings, rows, torch.device("cpu"))
     step()
-    taken = []
+    taken, foretold = [], []
     for _ in range(3):
         began = time.process_time()
         step()
         taken.append(time.process_time() - began)
-        if len(taken) == 1:
-            timed = measure(settings, rows, clock=time.process_time)
-    foretold = estimate(
-        work,
-        exchange_of(work, rows),
-        timed,
-        Group(1, 1, 1, 1, 0, 0),
-        launch_s=0,
-        loader_images_per_s=1e9,
-    )
-    assert foretold.step == pytest.approx(min(taken), rel=0.25)
+        foretold.append(
+            estimate(
+                work,
+                exchange_of(work, rows),
+                measure(settings, rows, clock=time.process_time),
+                Group(1, 1, 1, 1, 0, 0),
+                launch_s=0,
+                loader_images_per_s=1e9,
+            ).step
+        )
+    assert min(foretold) == pytest.approx(min(taken), rel=0.25)
