@@ -49,7 +49,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path, l
         *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
         *("--where", "file=images/nih_*", "--path-column", "file", "--labels-column", "label"),
         *("--patient-column", "patient_id", "--classes", "pneumonia", "--short-side-px", "128"),
-        *("--fractions", "0.6,0.1,0.3", "--out", str(tmp_path / "nih")),
+        *("--fractions", "0.4,0.1,0.5", "--out", str(tmp_path / "nih")),
     )
     assert nih.returncode == 0, nih.stderr
     assert sum(json.loads(nih.stdout)["splits"].values()) == 652
@@ -57,7 +57,7 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path, l
         *(*pack, "--source", str(cxr), "--csv", str(cxr / "labels.csv"), "--json"),
         *("--where", "file=images/nihml_*", "--path-column", "file"),
         *("--labels-column", "findings", "--patient-column", "patient_id"),
-        *("--short-side-px", "128", "--fractions", "0.6,0.1,0.3"),
+        *("--short-side-px", "128", "--fractions", "0.4,0.1,0.5"),
         *("--out", str(tmp_path / "nihml")),
     )
     assert findings.returncode == 0, findings.stderr
