@@ -30,7 +30,7 @@ from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.ingest.sources.folder import Columns, list_csv
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 SIDES_PX = (224, 256, 320, 512)
 KINDS = (("q90", "jpeg", 90), ("q95", "jpeg", 95), ("lossless", "png8", 95))

@@ -37,7 +37,7 @@ from mlvicx_dist.progress import plain
 from mlvicx_dist.report import page
 from mlvicx_dist.report.page import write_report
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 
 class Opened:

@@ -55,7 +55,7 @@ from mlvicx_dist.progress import say
 from mlvicx_dist.session import in_parallel, ray_session
 from mlvicx_dist.storage import Place, make_folder, write_whole
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
+from mlvicx_dist.train.checkpoint import remove_checkpoints
 from mlvicx_dist.train.fingerprint import (
     accept_fingerprint,
 )
@@ -67,6 +67,7 @@ from mlvicx_dist.train.launch import (
 )
 from mlvicx_dist.train.owner import once_free, only_driver
 from mlvicx_dist.train.step import Member, make_model
+from mlvicx_dist.train.weights import load_encoder
 
 GOODBYE_S = 30.0
 """How long a driver that was just killed may still hold its run or comparison in a cluster."""

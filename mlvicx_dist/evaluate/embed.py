@@ -26,7 +26,7 @@ from mlvicx_dist.stream.labels import labels_of
 from mlvicx_dist.stream.loader import as_bytes, lists_of
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.stream.whole import squared
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 TASK_IMAGES = 512
 """A Ray task takes shards until it has so many."""

@@ -37,7 +37,7 @@ from mlvicx_dist.model.encoder import Encoder, encoder_digest, untrained
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, make_folder, place, reaching, told, write_whole
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder, trained_settings
+from mlvicx_dist.train.weights import find_weights, load_encoder, trained_settings
 
 ENCODERS = ("pretrained", "untrained")
 CURVE_POINTS = 200

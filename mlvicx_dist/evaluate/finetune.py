@@ -34,9 +34,9 @@ from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.loader import Batch, Steps, batches
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import load_encoder
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
 from mlvicx_dist.train.step import Member, wrap
+from mlvicx_dist.train.weights import load_encoder
 
 BLUR_PX = 3
 """Of a blur that is off."""

@@ -14,14 +14,8 @@ from mlvicx_dist.model.export_folder import EXPORT_FILES, known_of, save_export
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, place, reaching, told
 from mlvicx_dist.train.card import model_card, training_record
-from mlvicx_dist.train.checkpoint import (
-    find_weights,
-    load_encoder,
-    local_copy,
-    local_folder,
-    read_checkpoint,
-    settings_of,
-)
+from mlvicx_dist.train.checkpoint import local_copy, read_checkpoint
+from mlvicx_dist.train.weights import find_weights, load_encoder, local_folder, settings_of
 
 
 @dataclass(frozen=True)

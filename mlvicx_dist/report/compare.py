@@ -18,7 +18,7 @@ from mlvicx_dist.report.contact import for_page
 from mlvicx_dist.report.context_maps import context_maps
 from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 CONTEXT_IMAGES = 4
 

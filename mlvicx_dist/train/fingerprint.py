@@ -8,7 +8,8 @@ from typing import Any
 from mlvicx_dist.config import LOSS_KEYS, PretrainConfig, flat, to_tree
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.storage import Place, read_bytes, write_whole
-from mlvicx_dist.train.checkpoint import digest, find_weights, local_copy, local_folder
+from mlvicx_dist.train.checkpoint import digest, local_copy
+from mlvicx_dist.train.weights import find_weights, local_folder
 
 FILE = "fingerprint.json"
 NOT_MATHEMATICS = {

@@ -22,11 +22,7 @@ from mlvicx_dist.model.encoder import load_strictly
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
 from mlvicx_dist.train.agreement import Agreement
-from mlvicx_dist.train.checkpoint import (
-    local_copy,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from mlvicx_dist.train.checkpoint import local_copy, newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.metrics import Clock, Meter
 from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer

@@ -31,7 +31,7 @@ from mlvicx_dist.objective.terms import Terms
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.stream.order import rank_shares
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 Part = Callable[[str], AbstractContextManager[Any]]
 """From the name of a part of a step to a block around it."""

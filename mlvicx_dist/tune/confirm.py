@@ -26,9 +26,10 @@ from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import Progress, progress, say
 from mlvicx_dist.storage import Place, read_bytes, write_whole
-from mlvicx_dist.train.checkpoint import load_encoder, remove_checkpoints
+from mlvicx_dist.train.checkpoint import remove_checkpoints
 from mlvicx_dist.train.launch import writing
 from mlvicx_dist.train.metrics import effective_rank
+from mlvicx_dist.train.weights import load_encoder
 from mlvicx_dist.tune.plan import Plan
 from mlvicx_dist.tune.records import Record
 from mlvicx_dist.tune.runner import Stop, run_tune

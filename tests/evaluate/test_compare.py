@@ -30,9 +30,9 @@ from mlvicx_dist.evaluate.task import (
 from mlvicx_dist.model.encoder import untrained
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import make_folder, place, write_whole
-from mlvicx_dist.train.checkpoint import load_encoder
 from mlvicx_dist.train.launch import Outcome
 from mlvicx_dist.train.owner import only_driver
+from mlvicx_dist.train.weights import load_encoder
 
 
 def tree(shards, folder, **changes):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import CheckpointError, DataError
 from mlvicx_dist.export.command import export
-from mlvicx_dist.train.checkpoint import find_weights, load_encoder
+from mlvicx_dist.train.weights import find_weights, load_encoder
 
 
 def card(folder):

@@ -13,7 +13,7 @@ from mlvicx_dist.export import onnx_file
 from mlvicx_dist.export.agreement import difference, phantoms
 from mlvicx_dist.export.command import export
 from mlvicx_dist.export.onnx_file import Outputs
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 SIZE = 32
 

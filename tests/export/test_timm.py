@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from mlvicx_dist.export.command import export
 from mlvicx_dist.model.encoder import NORMALISATION
-from mlvicx_dist.train.checkpoint import load_encoder
+from mlvicx_dist.train.weights import load_encoder
 
 
 @pytest.mark.parametrize(

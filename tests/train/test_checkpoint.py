@@ -10,11 +10,11 @@ from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.train import checkpoint
 from mlvicx_dist.train.checkpoint import (
     check_digest,
-    find_weights,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
+from mlvicx_dist.train.weights import find_weights
 
 
 def state(step):

@@ -19,9 +19,10 @@ from mlvicx_dist.errors import DataError, ResourceError
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import place
-from mlvicx_dist.train.checkpoint import load_encoder, newest_checkpoint, read_checkpoint
+from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.owner import TOKEN, check_owner, check_shared, take_over
 from mlvicx_dist.train.runlog import read_rows
+from mlvicx_dist.train.weights import load_encoder
 
 RUN = """\
 kind: pretrain

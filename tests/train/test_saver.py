@@ -12,14 +12,10 @@ from mlvicx_dist.errors import CheckpointError, DataError, TrainingError
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.storage import place
 from mlvicx_dist.train import saver as saver_module
-from mlvicx_dist.train.checkpoint import (
-    load_encoder,
-    local_copy,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from mlvicx_dist.train.checkpoint import local_copy, newest_checkpoint, read_checkpoint
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.saver import Saver
+from mlvicx_dist.train.weights import load_encoder
 
 
 class Bench:

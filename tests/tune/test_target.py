@@ -12,9 +12,10 @@ from mlvicx_dist.evaluate.embed import Show, embed_samples
 from mlvicx_dist.evaluate.probe import fit_probe
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.stream.shardset import ShardSet
-from mlvicx_dist.train.checkpoint import load_encoder, read_checkpoint
+from mlvicx_dist.train.checkpoint import read_checkpoint
 from mlvicx_dist.train.runlog import read_rows
 from mlvicx_dist.train.step import Member
+from mlvicx_dist.train.weights import load_encoder
 from mlvicx_dist.tune.target import (
     Judge,
     choose,
