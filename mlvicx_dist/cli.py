@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -17,6 +18,7 @@ from typing import Any
 from mlvicx_dist import __version__
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import plain
+from mlvicx_dist.stopping import sigterm_interrupts
 
 Handler = Callable[[argparse.Namespace], "Answer"]
 
@@ -29,19 +31,23 @@ class Answer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code is 0 done, 1 failed, 2 the user's error, 3 files refused."""
+    """Run a command; its exit code is 0 done, 1 failed, 2 the user's error, 3 files refused.
+
+    130 after Ctrl-C, 143 after SIGTERM, as shells say it: 128 and the signal.
+    """
     options = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    asked: list[int] = []
     try:
         # Ray prints of its own accord: stdout is for the answer alone.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), sigterm_interrupts() as asked:
             answer = options.handler(options)
     except UserError as error:
         print(plain(f"mlvicx: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("mlvicx: stopped", file=sys.stderr)
-        return 130
+        return 128 + (asked or [signal.SIGINT])[0]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -230,7 +236,6 @@ def _pretrain(options: argparse.Namespace) -> Answer:
         "changes": outcome.changes,
     }
     changed = [f"Other than before: {outcome.changes}."] if outcome.changes else []
-    # As shells say it: 128 and the signal.
     code = 128 + outcome.stopped_by if outcome.stopped_by else 0
     return Answer(document, [first, *changed, follow], code)
 

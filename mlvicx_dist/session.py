@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mlvicx_dist.capacity import check_resources, this_machine, whole_cluster
 from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.stopping import sigterm_as_before
 from mlvicx_dist.storage import temporary, write_whole
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def _start(*, deaf: bool, dashboard: bool) -> None:
     # A blocked signal stays blocked in the processes that are started meanwhile.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
     try:
-        with _knowing_its_address() if dashboard else nullcontext():
+        with _knowing_its_address() if dashboard else nullcontext(), sigterm_as_before():
             ray.init(
                 address="local",
                 _temp_dir=folder,
@@ -148,12 +149,14 @@ def _knowing_its_address() -> Iterator[None]:
 
 
 def _own_folder() -> str | None:
-    """Where a private cluster has its sockets, logs and scratch; None: where Ray has them.
+    """Where a private cluster has its sockets, logs and scratch; None: where RAY_TMPDIR says.
 
     Ray lets every user of the machine write into its folders, so they lie in one of this user's.
     """
+    if "RAY_TMPDIR" in os.environ:
+        return None
     folder = str(temporary("ray", "ray"))
-    return None if "RAY_TMPDIR" in os.environ or len(folder) > LONGEST_FOLDER else folder
+    return folder if len(folder) <= LONGEST_FOLDER else str(temporary("ray", "ray", root="/tmp"))
 
 
 def _hide_token() -> None:
@@ -183,7 +186,8 @@ def _connect() -> None:
     from ray.exceptions import RayError
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        with sigterm_as_before():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ResourceError(
             f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster can be used there "

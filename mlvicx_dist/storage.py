@@ -144,13 +144,18 @@ def make_folder(folder: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def temporary(kind: str, below: str = "") -> Path:
+def temporary(kind: str, below: str = "", *, root: str | None = None) -> Path:
     """This user's folder of a kind in the temporary folder, or one below it; for copies and such.
+
+    Args:
+        kind: What it is for.
+        below: A folder in it.
+        root: Where it lies; None: where TMPDIR says.
 
     Raises:
         DataError: it is another user's, whose files are not to be trusted, or cannot be made.
     """
-    folder = Path(tempfile.gettempdir()) / f"mlvicx-{kind}-{os.getuid()}"
+    folder = Path(root or tempfile.gettempdir()) / f"mlvicx-{kind}-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         own = all(stat.st_uid == os.geteuid() for stat in (folder.lstat(), folder.stat()))

@@ -1,11 +1,13 @@
 """What a cluster can hold, who gets into it, and that it knows itself beside another."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -150,6 +152,38 @@ def test_cleaners_find_their_cluster_beside_another(monkeypatch):
                 assert ray.get(is_seen.remote(ray.get(idle.name.remote())))
         finally:
             other.communicate("\n")
+
+
+WAITING = """
+import sys, time
+from mlvicx_dist import cli
+from mlvicx_dist.session import ray_session
+
+def wait(options):
+    with ray_session({"CPU": 1}, asked="this", remedy="wait"):
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+cli._demo = wait
+sys.exit(cli.main(["demo"]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_command_in_one_line_and_its_cluster_with_it(tmp_path):
+    """Ray's own handler would print a stack and abort; TMPDIR is too long for a socket's path."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        said = process.stderr.readline()
+        assert said == "ready\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert started
+        process.terminate()
+        assert process.stderr.read() == "mlvicx: stopped\n"
+    assert process.returncode == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import plain
+from mlvicx_dist.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
     from mlvicx_dist.ingest.dicom_header import Rules
@@ -35,14 +37,16 @@ def run_sharding(
     """
     parser = build_parser(description, add_arguments)
     options = parser.parse_args()
+    asked: list[int] = []
     try:
-        document = _pack(options, list_records)
+        with sigterm_interrupts() as asked:
+            document = _pack(options, list_records)
     except UserError as error:
         print(plain(f"{parser.prog}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return 128 + (asked or [signal.SIGINT])[0]
     if options.json:
         print(json.dumps(document))
     else:

@@ -7,12 +7,10 @@ workers to save and end after their step, a second Ctrl-C ends at once.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from mlvicx_dist.capacity import room_for
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import on_cluster, scratch
+from mlvicx_dist.stopping import signals
 from mlvicx_dist.storage import Place, reaching
 from mlvicx_dist.train.group import POLL_S, Fit, cluster, each, trainer, where_logs_are
 from mlvicx_dist.train.owner import TOKEN
@@ -143,24 +142,3 @@ class _Growth:
         # If the next group is no larger, what seemed room was none: wait longer each time.
         self._since_s, self._after_s = now, 2 * self._after_s
         return True
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT that comes while the block runs, in a list."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,9 +17,9 @@ import yaml
 from mlvicx_dist.config import SweepConfig, to_tree
 from mlvicx_dist.errors import TrainingError
 from mlvicx_dist.session import ray_session
+from mlvicx_dist.stopping import signals
 from mlvicx_dist.storage import Place, make_folder, write_whole
 from mlvicx_dist.train.checkpoint import remove_checkpoints
-from mlvicx_dist.train.drive import signals
 from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint
 from mlvicx_dist.train.group import each
 from mlvicx_dist.train.guard import guard
