@@ -245,7 +245,7 @@ def _command_line() -> str:
 `mlvicx X` and `python -m mlvicx_dist X` are the same. Every command and script takes `--help`, and
 `--json`, which prints one JSON document on stdout and nothing else there. Exit codes: 0 done, 1
 failed, 2 your error in one sentence on stderr, 3 too many files refused; 128 and the signal's
-number where a signal stopped a run.
+number where a signal ended it.
 
 {chr(10).join(ours)}
 ## Sharding scripts

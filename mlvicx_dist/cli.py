@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -18,7 +17,7 @@ from typing import Any
 from mlvicx_dist import __version__
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import plain
-from mlvicx_dist.stopping import sigterm_interrupts
+from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
 Handler = Callable[[argparse.Namespace], "Answer"]
 
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("mlvicx: stopped", file=sys.stderr)
-        return 128 + (asked or [signal.SIGINT])[0]
+        return exit_code(asked)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

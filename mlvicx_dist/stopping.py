@@ -34,6 +34,11 @@ def sigterm_interrupts() -> Iterator[list[int]]:
         yield asked
 
 
+def exit_code(asked: list[int]) -> int:
+    """Of what `KeyboardInterrupt` ended, as shells say it: 128 and the signal; none is Ctrl-C."""
+    return 128 + (asked[0] if asked else signal.SIGINT)
+
+
 @contextmanager
 def sigterm_as_before() -> Iterator[None]:
     """After the block SIGTERM does what it did before, where Ray's start has taken it.

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.errors import UserError
 from mlvicx_dist.progress import plain
-from mlvicx_dist.stopping import sigterm_interrupts
+from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
 if TYPE_CHECKING:
     from mlvicx_dist.ingest.dicom_header import Rules
@@ -46,7 +45,7 @@ def run_sharding(
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
-        return 128 + (asked or [signal.SIGINT])[0]
+        return exit_code(asked)
     if options.json:
         print(json.dumps(document))
     else:
