@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,9 @@ from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.train.group import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
 from mlvicx_dist.train.optim import make_optimizer
+from mlvicx_dist.train.rows import telling
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of, with_classes
-from mlvicx_dist.train.step import TwoViews, make_model, prepare_process, train_step, wrap
+from mlvicx_dist.train.step import Member, TwoViews, make_model, prepare_process, train_step, wrap
 from mlvicx_dist.train.worker import join, settings_of
 
 WARM_UP = 3
@@ -142,14 +143,19 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """Train some steps as one worker of a group and tell where their time went.
 
     Args:
-        plan: `settings`, `steps` and `check_memory`, as the driver wrote them.
+        plan: `settings`, `steps`, `check_memory` and `guard`, as the driver wrote them.
     """
-    import ray.train
-
     config = settings_of(plan)
     member = join(config, check_room=plan["check_memory"])
+    with telling(plan["guard"], member.rank) as tell:
+        return _profiled(config, member, plan["steps"], tell)
+
+
+def _profiled(
+    config: PretrainConfig, member: Member, counted: int, tell: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     prepare_process(config)
-    counted, traced = plan["steps"], min(plan["steps"], TRACED)
+    traced = min(counted, TRACED)
     total = _total(counted, member.world_size)
     steps = steps_of(config, open_shards(config), member)
     model = make_model(config, member)
@@ -163,8 +169,7 @@ def profile_worker(plan: dict[str, Any]) -> dict[str, Any]:
             batch: Batch = next(stream)
         train_step(wrapped, optimizer, batch, RATE, config, member, watch)
         watch.split()
-        # On every rank: Ray gathers one report of each.
-        ray.train.report({"step": batch.step + 1})
+        tell({"step": batch.step + 1})
 
     for _ in range(WARM_UP):
         step()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlvicx_dist.capacity import check_resources, this_machine, whole_cluster
 from mlvicx_dist.errors import DataError, ResourceError
@@ -49,6 +49,18 @@ def scratch(kind: str) -> tempfile.TemporaryDirectory[str]:
     node = ray._private.worker._global_node
     session = node.get_session_dir_path() if node else None
     return tempfile.TemporaryDirectory(prefix=f"mlvicx-{kind}-", dir=session)
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of an actor that is this process's own: it must not go with another node, nor wait.
+
+    Only few of them may be: none counts as work for a core.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 @contextmanager

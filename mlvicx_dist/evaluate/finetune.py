@@ -168,14 +168,13 @@ def fine_tune_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune both encoders as one worker of a group.
 
     Args:
-        plan: `settings`, `shards`, `weights`, `seed`, `size_px`, `train_labels` and `val_labels`,
-            as the driver wrote them.
+        plan: `settings`, `shards`, `weights`, `seed`, `size_px`, `train_labels`, `val_labels` and
+            `guard`, as the driver wrote them.
 
     Returns:
         By encoder the logits of the test images, `scores` [n, K], `best` and `validation_auroc`.
     """
-    import ray.train
-
+    from mlvicx_dist.train.rows import telling
     from mlvicx_dist.train.worker import member_of
 
     settings = parse_config(plan["settings"], "the evaluation's settings")
@@ -191,27 +190,28 @@ def fine_tune_worker(plan: dict[str, Any]) -> dict[str, Any]:
     encoder = load_encoder(plan["weights"])
     found, done = {}, 0
     starts = {"pretrained": encoder, "untrained": untrained(encoder, plan["seed"])}
-    for name, start in starts.items():
+    with telling(plan["guard"], member.rank) as tell:
+        for name, start in starts.items():
 
-        def report(area: float, name: str = name) -> None:
-            nonlocal done
-            done += 1
-            ray.train.report({"step": done, "encoder": name, "validation_auroc": area})
+            def report(area: float, name: str = name) -> None:
+                nonlocal done
+                done += 1
+                tell({"step": done, "encoder": name, "validation_auroc": area})
 
-        look = Look(member, plan["size_px"], data.loader_workers)
-        tuned = train_classifier(
-            start,
-            Labelled(train, plan["train_labels"]),
-            Labelled(val, plan["val_labels"]),
-            settings.fine_tune,
-            look,
-            report=report,
-        )
-        found[name] = {
-            "scores": look(tuned.model, test, settings.fine_tune),
-            "best": tuned.best,
-            "validation_auroc": tuned.validation_auroc,
-        }
+            look = Look(member, plan["size_px"], data.loader_workers)
+            tuned = train_classifier(
+                start,
+                Labelled(train, plan["train_labels"]),
+                Labelled(val, plan["val_labels"]),
+                settings.fine_tune,
+                look,
+                report=report,
+            )
+            found[name] = {
+                "scores": look(tuned.model, test, settings.fine_tune),
+                "best": tuned.best,
+                "validation_auroc": tuned.validation_auroc,
+            }
     return found
 
 

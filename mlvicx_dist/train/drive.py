@@ -70,21 +70,20 @@ def drive(
     with cluster(config.workers), scratch("run") as folder:
         from mlvicx_dist.train.guard import guard
         from mlvicx_dist.train.notices import Notice
-        from mlvicx_dist.train.watch import watching
+        from mlvicx_dist.train.rows import watching
 
-        held = guard(str(run_dir))
+        channel = Path(folder) / "rows.jsonl"
+        held = guard(str(run_dir), channel=channel)
         token = uuid.uuid4().hex
         begin(token)
-        channel = Path(folder) / "rows.jsonl"
         plan = {
             "settings": to_tree(config),
             "run_dir": str(run_dir),
             "token": token,
-            "guard": held,
             "check_memory": elsewhere,
             "judge": judge,
         }
-        fit = Fit(trainer(train_worker, plan, config.workers, channel, folder))
+        fit = Fit(trainer(train_worker, plan, config.workers, channel, folder, held=held))
         try:
             with progress("training", total, "steps") as bar, signals() as asked:
                 shown = Shown(bar, heard)

@@ -59,12 +59,16 @@ def cluster(workers: Workers) -> Iterator[None]:
     # An elastic group asks only for what is there. Ray may still count a node that is just gone:
     # then the next try, soon, is the right one.
     start_s = min(workers.start_timeout_s, ELASTIC_START_S if workers.min else float("inf"))
+    # A private cluster's node is not taken away, and nobody reads its metrics.
+    watched = int(on_cluster())
     for name, value in {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start_s,
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": workers.collective_timeout_s,
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": workers.collective_timeout_s,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": watched,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_S,
+        "RAY_TRAIN_METRICS_ENABLED": watched,
         # What a worker that stands still is given before it is killed.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
     }.items():
@@ -81,26 +85,29 @@ def trainer(
     channel: Path,
     folder: str,
     *,
+    held: Any = None,
     resumes: bool = True,
 ) -> Any:
     """Ray's trainer of a group as the settings want it.
 
     Args:
         function: What each worker runs.
-        plan: Its argument.
+        plan: Its argument, to which `guard` is added.
         workers: The group.
         channel: Where rank 0's rows go, see `watching`.
         folder: For what Ray stores of its own.
+        held: The run's `guard`; None: one without a name.
         resumes: Whether a new group goes on from a checkpoint; else it begins anew.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from mlvicx_dist.train.watch import Forward
+    from mlvicx_dist.train.failures import Failures
+    from mlvicx_dist.train.guard import messenger
 
     return TorchTrainer(
         function,
-        train_loop_config=plan,
+        train_loop_config={**plan, "guard": held or messenger(channel)},
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.num) if workers.min else workers.num,
             use_gpu=workers.use_gpu,
@@ -109,12 +116,12 @@ def trainer(
             elastic_resize_monitor_interval_s=float("inf"),
         ),
         # What Ray stores of its own is the controller's, and that runs on this node. The failures
-        # are counted in `Forward`: a run of weeks may see many, as long as it gets on.
+        # are counted in `Failures`: a run of weeks may see many, as long as it gets on.
         run_config=RunConfig(
             name="ray",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
-            callbacks=[Forward(channel, workers.max_failures, resumes=resumes)],
+            callbacks=[Failures(channel, workers.max_failures, resumes=resumes)],
             worker_runtime_env={} if workers.use_gpu else {"env_vars": FROM_THE_START},
         ),
         torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
@@ -148,7 +155,7 @@ class Fit(threading.Thread):
         """
         from ray.train import TrainingFailedError
 
-        from mlvicx_dist.train.watch import user_error
+        from mlvicx_dist.train.failures import user_error
 
         if self._error is None:
             return self._found
@@ -178,7 +185,7 @@ def fitted(
         UserError: what a worker raised, `failed` and the reason, or that nothing was heard of the
             workers for `wait_s`.
     """
-    from mlvicx_dist.train.watch import watching
+    from mlvicx_dist.train.rows import watching
 
     fit, silence = Fit(trainer), Silence()
 

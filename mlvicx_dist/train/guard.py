@@ -1,18 +1,23 @@
-"""One driver a run, and its word to the workers: a named Ray actor that dies with the driver."""
+"""Between a driver and its workers: a Ray actor on the driver's node that dies with the driver.
+
+It carries the driver's word to rank 0 and rank 0's rows to the driver, and by its name a run has
+one driver. It is one process: each of Ray's, of which a run has ten, wakes 100 times a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mlvicx_dist.session import on_this_node
 from mlvicx_dist.train.notices import Notice
 from mlvicx_dist.train.owner import taken
+from mlvicx_dist.train.rows import append
 
 NAMESPACE = "mlvicx"
 LOOK_EVERY_S = 3.0
@@ -20,9 +25,10 @@ LOOK_EVERY_S = 3.0
 
 
 class _Guard:
-    """Holds the run's name in the cluster; carries words from the driver to rank 0."""
+    """Holds a run's name in the cluster; carries words to rank 0 and its rows into a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: Path | None) -> None:
+        self._channel = channel
         self._word = Notice.NONE
         self._told = asyncio.Event()
 
@@ -37,24 +43,33 @@ class _Guard:
             self._told.clear()
         return int(self._word)
 
+    async def write(self, line: str) -> None:
+        assert self._channel is not None
+        append(self._channel, line)
 
-def guard(run_dir: str, kind: str = "run", key: str = "run.name") -> Any:
+
+def messenger(channel: Path | None, **options: Any) -> Any:
+    """A guard without a name: rows go into the file `channel` of this process's node."""
+    return ray.remote(_Guard).options(**on_this_node(), **options).remote(channel)
+
+
+def guard(
+    run_dir: str, kind: str = "run", key: str = "run.name", *, channel: Path | None = None
+) -> Any:
     """The guard of a run or a sweep, held by this process; it ends with it.
+
+    Args:
+        run_dir: The folder that one driver is to write.
+        kind: What it is, for the sentence that refuses another driver.
+        key: The setting that names it.
+        channel: The file for rows.
 
     Raises:
         ResourceError: another driver of the cluster holds it.
     """
     name = "run-" + hashlib.sha256(run_dir.encode()).hexdigest()[:16]
-    # On the driver's node: it must not go with a node that is taken away, nor keep one busy.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {
-        "name": name,
-        "namespace": NAMESPACE,
-        "num_cpus": 0,
-        "scheduling_strategy": here,
-    }
     try:
-        return ray.remote(_Guard).options(**options).remote()
+        return messenger(channel, name=name, namespace=NAMESPACE)
     except ValueError:
         raise taken(run_dir, kind, key) from None
 
@@ -81,4 +96,6 @@ class FromRay:
 
     def leaving(self) -> bool:
         """Whether Ray says that a node of the group is about to go."""
+        import ray.train
+
         return ray.train.get_preemption_info() is not None

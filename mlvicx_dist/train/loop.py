@@ -99,7 +99,7 @@ def train(
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock()
     begin = {"step": start, "steps": total, "world_size": member.world_size}
-    report({**begin, "node": platform.node(), "said": take(said)})
+    report({**begin, "nodes": _nodes(member), "said": take(said)})
     heard, saved = Notice.NONE, True
     with ExitStack() as stack:
         log_samples = _sample_log(config, member)
@@ -165,6 +165,14 @@ def train(
     if heard is Notice.REGROUP and done < total:
         raise Regroup(done, saved)
     return done
+
+
+def _nodes(member: Member) -> list[str]:
+    """The name of each rank's node."""
+    nodes = [platform.node()] * member.world_size
+    if member.world_size > 1:
+        dist.all_gather_object(nodes, platform.node())
+    return nodes
 
 
 def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str], None]) -> None:

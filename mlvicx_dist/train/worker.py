@@ -17,27 +17,27 @@ def train_worker(plan: dict[str, Any]) -> int:
     """Train as one worker of a group; the number of steps done.
 
     Args:
-        plan: `settings`, `run_dir`, `token`, `guard`, `check_memory` and `judge`, as the driver
+        plan: `settings`, `run_dir`, `token`, `check_memory`, `judge` and `guard`, as the driver
             wrote them.
     """
-    import ray.train
-
     from mlvicx_dist.train.guard import FromRay
     from mlvicx_dist.train.loop import train
+    from mlvicx_dist.train.rows import telling
 
     config = settings_of(plan)
     run_dir = place(plan["run_dir"])
     check_shared(run_dir, plan["token"])
     member = join(config, check_room=plan["check_memory"])
-    return train(
-        config,
-        run_dir,
-        member,
-        report=ray.train.report,
-        notices=FromRay(plan["guard"], rank=member.rank),
-        fence=partial(check_owner, run_dir, plan["token"]),
-        judge=plan["judge"](config, member) if plan["judge"] else None,
-    )
+    with telling(plan["guard"], member.rank) as report:
+        return train(
+            config,
+            run_dir,
+            member,
+            report=report,
+            notices=FromRay(plan["guard"], rank=member.rank),
+            fence=partial(check_owner, run_dir, plan["token"]),
+            judge=plan["judge"](config, member) if plan["judge"] else None,
+        )
 
 
 def settings_of(plan: dict[str, Any]) -> PretrainConfig:

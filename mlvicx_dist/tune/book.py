@@ -17,7 +17,7 @@ from ray.tune import Callback
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import told
 from mlvicx_dist.train.checkpoint import remove_checkpoints
-from mlvicx_dist.train.watch import user_error
+from mlvicx_dist.train.failures import user_error
 from mlvicx_dist.tune.records import (
     Look,
     Record,

@@ -32,8 +32,8 @@ from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train import group
+from mlvicx_dist.train.failures import Failures
 from mlvicx_dist.train.step import Member
-from mlvicx_dist.train.watch import Forward
 
 SIZE_PX = 32
 ALONE = Look(Member(0, 1, torch.device("cpu")), SIZE_PX, 0)
@@ -263,7 +263,8 @@ def test_crops_have_a_size():
 
 
 def test_a_group_that_keeps_no_checkpoint_says_that_it_begins_anew(tmp_path):
-    callback = Forward(tmp_path / "rows.jsonl", 1, resumes=False)
+    (tmp_path / "rows.jsonl").touch()
+    callback = Failures(tmp_path / "rows.jsonl", 1, resumes=False)
     callback.after_exception(None, {0: RuntimeError("killed")})
     assert "worker 0 died (killed); beginning anew" in (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(TrainingError) as error:

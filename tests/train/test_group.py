@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,14 @@ import ray
 from ray.autoscaler.v2 import sdk
 
 from mlvicx_dist.capacity import refused_launches
+from mlvicx_dist.config import Workers
 from mlvicx_dist.doctor.findings import launches
 from mlvicx_dist.errors import DataError, ResourceError, TrainingError
 from mlvicx_dist.train import shown
-from mlvicx_dist.train.group import fitted
+from mlvicx_dist.train.failures import Failures
+from mlvicx_dist.train.group import Fit, cluster, fitted, trainer
+from mlvicx_dist.train.rows import telling, watching
 from mlvicx_dist.train.shown import Refusals, Shown, placed
-from mlvicx_dist.train.watch import watching
 
 
 @pytest.mark.parametrize(
@@ -135,3 +138,46 @@ def test_what_goes_wrong_where_rows_are_shown_is_not_lost(tmp_path):
     with pytest.raises(OSError, match="1"), watching(tmp_path / "rows", show):
         with (tmp_path / "rows").open("a") as file:
             file.write('{"step": 1}\n{"step": 2}\n')
+
+
+def test_failures_are_counted_from_the_furthest_step_that_was_told(tmp_path):
+    channel = tmp_path / "rows.jsonl"
+    callback = Failures(channel, 2)
+
+    def die(*rows):
+        with channel.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        callback.after_exception(None, {1: RuntimeError("a\nkilled")})
+        return json.loads(channel.read_text().splitlines()[-1])["said"]
+
+    begin = {"step": 0, "nodes": ["one", "two"]}
+    said = ["worker 1 on two died (killed); going on from the newest checkpoint"]
+    assert die(begin, {"step": 3, "loss": 1.0}) == said
+    assert die({**begin, "nodes": ["one", "three"]})[0].startswith("worker 1 on three died")
+    assert die({"step": 4, "loss": 1.0})
+    assert die(begin)
+    with pytest.raises(TrainingError, match=r"^step 4: the workers failed 3 times without"):
+        die(begin)
+
+
+@pytest.mark.slow
+def test_a_worker_waits_for_nobody_that_takes_its_rows(tmp_path):
+    """Ray Train's own `report` takes one row a look at the workers, which is a second."""
+
+    def work(plan):
+        rank = ray.train.get_context().get_world_rank()
+        begin = time.monotonic()
+        with telling(plan["guard"], rank) as tell:
+            for step in range(100):
+                tell({"step": step, "rank": rank})
+            return time.monotonic() - begin
+
+    workers, rows, channel = Workers(num=2), [], tmp_path / "rows.jsonl"
+    with cluster(workers):
+        group = trainer(work, {}, workers, channel, str(tmp_path))
+        found = Fit(group)
+        with watching(channel, rows.append):
+            found.start()
+            found.join()
+    assert found.result(str) < 1
+    assert rows == [{"step": step, "rank": 0} for step in range(100)]
