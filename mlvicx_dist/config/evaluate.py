@@ -155,6 +155,9 @@ class EvaluateConfig(Settings):
     name: Name
     """What the result is called: NAME.json."""
     data: EvaluateData
+    folds: Annotated[int, Field(ge=3)] | None = None
+    """How many folds the patients of all three splits are dealt into, for few labelled images: each
+    image is judged by a probe that learned from other folds. None: the splits count as they are."""
     classes: list[str] | None = None
     """None: every class of the shards."""
     no_finding: bool = False
@@ -177,6 +180,16 @@ class EvaluateConfig(Settings):
     """Whether the context's maps are held against the boxes of the shards."""
     overlap: bool = True
     """Whether the pretraining shards are searched for the test images; reads what each tells."""
+
+    @model_validator(mode="after")
+    def _judged_by_splits(self) -> EvaluateConfig:
+        for key in ("few_labels", "fine_tune", "segment", "localise"):
+            if self.folds and getattr(self, key):
+                raise ValueError(
+                    f"{key} needs the splits, which folds do away with: leave one of them out, or "
+                    "make two evaluations of them"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rising(self) -> EvaluateConfig:

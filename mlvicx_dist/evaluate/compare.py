@@ -6,8 +6,8 @@ file below `scores/`: the same command again goes on from whatever of these is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from mlvicx_dist.evaluate.comparison import (
 from mlvicx_dist.evaluate.embed import about_shards
 from mlvicx_dist.evaluate.methods import Method
 from mlvicx_dist.evaluate.overlap import label_overlap
+from mlvicx_dist.evaluate.parts import splits_of
 from mlvicx_dist.evaluate.pixels import Pixels
 from mlvicx_dist.evaluate.task import (
     Images,
@@ -135,7 +136,8 @@ def compare(config: CompareConfig) -> Comparison:
             _connect(plan, stack)
             stopped, steps = _steps(plan, trained)
             if not stopped:
-                stopped = _train(plan, trained, steps, images)
+                with _one_thread():
+                    stopped = _train(plan, trained, steps, images)
         result = write_found(plan.folder, config)
     return Comparison(folder, result, stopped)
 
@@ -162,7 +164,7 @@ def _check_labels(plan: Plan) -> None:
     }
     for name, method in learners.items():
         for task in plan.config.tasks:
-            splits = [task.data.val, task.data.test]
+            splits = splits_of(task) if task.folds else [task.data.val, task.data.test]
             unseen, _ = about_shards(
                 task.data.shards, splits=list(dict.fromkeys(splits)), cache=cache_of(task.data)
             )
@@ -233,6 +235,21 @@ def _train(
         say(f"{name}: {number} of {len(trees)} runs")
         write_found(plan.folder, plan.config)
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What judges a run beside others takes one core.
+
+    Threads that wait for each other would take the time of those that they wait for: two of them
+    beside two runs made those, and the judging itself, two to three times as slow.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_one(tree: dict[str, Any]) -> Outcome | str:

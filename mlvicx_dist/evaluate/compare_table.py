@@ -95,9 +95,10 @@ def _main(result: Result, name: str, task: Result) -> Table:
         for method in task["auroc"]
     ]
     count = len(task["classes"])
+    by_fold = f" in {task['folds']} folds" if task["folds"] else ""
     title = (
         f"{name}: linear probe of the frozen encoder on {task['images']} images of "
-        f"{task['patients']} test patients, {count} class{'es' if count > 1 else ''}; "
+        f"{task['patients']} test patients{by_fold}, {count} class{'es' if count > 1 else ''}; "
         f"{result['confidence'][name]:.0%} intervals over seeds and patients."
     )
     heads = ["method", "seeds", "AUROC", f"AUROC minus {reference}", "AUPRC"]

@@ -80,6 +80,7 @@ def judged(
         "classes": images.classes,
         "positives": {c: int(np.nansum(images.labels[:, k])) for k, c in enumerate(images.classes)},
         "splits": images.about["splits"],
+        "folds": settings.folds,
         "left_out": images.about["left_out"],
         "overlap": images.about["overlap"],
         "undefined_draws": _undefined(figures, images.classes),

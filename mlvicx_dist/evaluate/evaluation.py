@@ -23,13 +23,14 @@ from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
+from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, joined, probed
 from mlvicx_dist.evaluate.localise import check_context, localise
 from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
 from mlvicx_dist.evaluate.overlap import label_overlap, overlap_with_run, run_config
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of, splits_of
-from mlvicx_dist.evaluate.pixels import Pixels, fit_for
+from mlvicx_dist.evaluate.pixels import Pixels
 from mlvicx_dist.evaluate.probe import knn_scores
 from mlvicx_dist.evaluate.segment import segment
 from mlvicx_dist.evaluate.subgroups import subgroups
@@ -92,9 +93,9 @@ def evaluate_checkpoint(
         "untrained": {"seed": seed, "assumed": told_seed is None},
         **evaluate(embeddings, settings),
     }
-    tested = embeddings.about_of(embeddings.rows(settings.data.test))
+    about_test = embeddings.about_of(all_judged(folds_of(embeddings, settings)).rows)
     off = {"unknown": "overlap is off"}
-    result["overlap"] = overlap_with_run(tested, run_dir) if settings.overlap else off
+    result["overlap"] = overlap_with_run(about_test, run_dir) if settings.overlap else off
     if labels:
         result["overlap"]["labels"] = labels
     both = dict(zip(ENCODERS, (encoder, bare), strict=True))
@@ -132,9 +133,11 @@ def _labels(
     except UserError as error:
         return {"splits": trained["loss"]["label_splits"], "unknown": str(error).rstrip(".")}
     others, cache = list(dict.fromkeys([data.train, data.val])), cache_of(data)
-    tested, _ = about_shards(data.shards, splits=[data.test], cache=cache)
+    splits = splits_of(settings) if settings.folds else [data.test]
+    unseen, _ = about_shards(data.shards, splits=splits, cache=cache)
     learned, _ = about_shards(data.shards, splits=others, cache=cache)
-    return label_overlap(tested, learned, config, where=f"the split '{data.test}'")
+    where = "all folds" if settings.folds else f"the split '{data.test}'"
+    return label_overlap(unseen, learned, config, where=where)
 
 
 def _own_folder(weights: Place, run_dir: Place) -> Place:
@@ -215,47 +218,49 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
                 f"the {name} encoder's embeddings of {broken} of {len(features)} images are not "
                 "finite: its weights diverged; evaluate an earlier checkpoint."
             )
-    parts = parts_of(embeddings, settings)
+    folds = folds_of(embeddings, settings)
+    parts, test = folds[0], all_judged(folds)
     probe: dict[str, np.ndarray] = {}
     knn: dict[str, np.ndarray] = {}
     penalties = {}
     with progress("probing", len(by_encoder), "encoders") as bar:
         for name, features in by_encoder.items():
-            train, val, test = (
-                features[part.rows] for part in (parts.train, parts.val, parts.test)
+            probe[name], fits = probed(name, features, folds, settings)
+            penalties[name] = {
+                "l2": [fitted.l2 for fitted in fits],
+                "validation_auroc": float(np.mean([fitted.validation_auroc for fitted in fits])),
+            }
+            knn[name] = joined(
+                folds,
+                [
+                    knn_scores(
+                        features[one.train.rows],
+                        one.train.labels,
+                        features[one.test.rows],
+                        settings=settings.knn,
+                    )
+                    for one in folds
+                ],
             )
-            fitted = fit_for(
-                name,
-                train,
-                parts.train.labels,
-                validation=(val, parts.val.labels),
-                settings=settings.probe,
-            )
-            penalties[name] = {"l2": fitted.l2, "validation_auroc": fitted.validation_auroc}
-            probe[name] = fitted.scores(test)
-            knn[name] = knn_scores(train, parts.train.labels, test, settings=settings.knn)
             bar.advance()
-    kept, patients, test_labels = parts.classes, parts.test.patients, parts.test.labels
+    kept, patients, test_labels = parts.classes, test.patients, test.labels
     first, second = ENCODERS
-    judged = compare(probe, test_labels, patients, kept, settings.bootstrap)
+    compared = compare(probe, test_labels, patients, kept, settings.bootstrap)
     return {
         "name": settings.name,
         "settings": to_tree(settings),
-        "splits": {
-            part.split: {"images": len(part.labels), "patients": len(np.unique(part.patients))}
-            for part in (parts.train, parts.val, parts.test)
-        },
+        "splits": counted(folds),
         "classes": kept,
         "positives": {n: int(np.nansum(test_labels[:, k])) for k, n in enumerate(kept)},
         "shares": {n: float(np.nanmean(test_labels[:, k])) for k, n in enumerate(kept)},
         "left_out": parts.left_out,
         "penalty": penalties,
-        "probe": judged["auroc"],
-        "auprc": judged["auprc"],
-        "undefined_draws": judged["undefined_draws"],
+        "probe": compared["auroc"],
+        "auprc": compared["auprc"],
+        "undefined_draws": compared["undefined_draws"],
         "knn": compare(knn, test_labels, patients, kept, settings.bootstrap)["auroc"],
         "subgroups": subgroups(
-            probe, test_labels, patients, embeddings.about_of(parts.test.rows), kept, settings
+            probe, test_labels, patients, embeddings.about_of(test.rows), kept, settings
         )
         if settings.subgroups
         else {},

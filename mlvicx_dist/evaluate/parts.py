@@ -61,12 +61,7 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
             split and in another.
         ConfigError: a class does not exist.
     """
-    if settings.no_finding:
-        embeddings = with_no_finding(embeddings)
-    names = class_names(settings.classes, embeddings.classes)
-    if settings.no_finding and NO_FINDING not in names:
-        names.append(NO_FINDING)
-    columns = [embeddings.classes.index(name) for name in names]
+    names, all_labels = named_labels(embeddings, settings)
     splits = (settings.data.train, settings.data.val, settings.data.test)
     shards = ", ".join(settings.data.shards)
     rows = [embeddings.rows(split) for split in splits]
@@ -76,7 +71,7 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
                 f"the split '{split}' is empty in {shards}; name another "
                 "with data.train, data.val or data.test."
             )
-    labels = [embeddings.labels[chosen][:, columns] for chosen in rows]
+    labels = [all_labels[chosen] for chosen in rows]
     classes, left_out = usable_classes(names, dict(zip(splits, labels, strict=True)))
     if not classes:
         raise DataError(
@@ -97,6 +92,16 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
             "folders together, or leave one out."
         )
     return Parts(train, val, test, classes, left_out)
+
+
+def named_labels(embeddings: Embeddings, settings: EvaluateConfig) -> tuple[list[str], np.ndarray]:
+    """The classes that are asked for, and the labels of all images, [all, K]."""
+    if settings.no_finding:
+        embeddings = with_no_finding(embeddings)
+    names = class_names(settings.classes, embeddings.classes)
+    if settings.no_finding and NO_FINDING not in names:
+        names.append(NO_FINDING)
+    return names, embeddings.labels[:, [embeddings.classes.index(name) for name in names]]
 
 
 def with_no_finding(embeddings: Embeddings) -> Embeddings:

@@ -20,8 +20,10 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     confidence = result["settings"]["bootstrap"]["confidence"]
     test = result["splits"][result["settings"]["data"]["test"]]
     knn = {kind: result["knn"][kind]["mean"]["value"] for kind in ("pretrained", "untrained")}
+    folds = result["settings"].get("folds")
+    by_fold = f", in {folds} folds" if folds else ""
     return [
-        f"Linear probe, AUROC on {test['images']} images of {test['patients']} patients; "
+        f"Linear probe, AUROC on {test['images']} images of {test['patients']} patients{by_fold}; "
         f"{confidence:.0%} intervals over patients.",
         *_areas(result),
         "Average precision (AUPRC), and the pretrained encoder's calibration; p is DeLong's,",

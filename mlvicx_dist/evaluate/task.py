@@ -21,9 +21,9 @@ from mlvicx_dist.config import EvaluateConfig, PretrainConfig
 from mlvicx_dist.errors import DataError, DivergenceError, UserError
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import share_areas, shares_of
+from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed
 from mlvicx_dist.evaluate.overlap import overlap, pretraining_images
-from mlvicx_dist.evaluate.parts import Parts, parts_of, splits_of
-from mlvicx_dist.evaluate.pixels import fit_for
+from mlvicx_dist.evaluate.parts import Parts, splits_of
 from mlvicx_dist.evaluate.subgroups import members
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, make_folder, read_bytes, told, write_whole
@@ -62,7 +62,7 @@ class Scores:
 
     Attributes:
         probe: Scores, [n, K].
-        validation_auroc: The probe's on the validation images, mean over the classes.
+        validation_auroc: The probe's on the validation images, mean over the classes and folds.
         few: For each share of the training patients the mean AUROC of each draw, [D], and the same
             under resampled patients, [D, R]; None where no class can be judged.
         plane: The two principal components of the test images' embeddings, [n, 2].
@@ -85,23 +85,21 @@ def images_of(task: EvaluateConfig, pretraining: PretrainConfig) -> Images:
         task.data.shards, splits=splits_of(task), cache=cache_of(task.data)
     )
     known = Embeddings((), labels_of(about, classes), classes, tuple(about))
-    parts = parts_of(known, task)
-    tested = known.about_of(parts.test.rows)
+    folds = folds_of(known, task)
+    parts, test = folds[0], all_judged(folds)
+    about_test = known.about_of(test.rows)
     shares = shares_of(parts, task.few_labels) if task.few_labels else []
     return Images(
-        parts.test.labels,
-        np.unique(parts.test.patients, return_inverse=True)[1],
-        np.array([one["key"] for one in tested]),
-        dict(members(tested, task.age_bands)) if task.subgroups else {},
+        test.labels,
+        np.unique(test.patients, return_inverse=True)[1],
+        np.array([one["key"] for one in about_test]),
+        dict(members(about_test, task.age_bands)) if task.subgroups else {},
         {
             "classes": parts.classes,
             "left_out": parts.left_out,
-            "splits": {
-                part.split: {"images": len(part.labels), "patients": len(np.unique(part.patients))}
-                for part in (parts.train, parts.val, parts.test)
-            },
+            "splits": counted(folds),
             "shares": [share.about(parts) for share in shares],
-            "overlap": _overlap(task, pretraining, tested),
+            "overlap": _overlap(task, pretraining, about_test),
         },
     )
 
@@ -135,26 +133,20 @@ def score(
     features = embeddings.features[0]
     if not np.isfinite(features).all():
         raise DivergenceError("the embeddings are not finite: the weights diverged.")
-    parts = parts_of(embeddings, task)
-    keys = [one["key"] for one in embeddings.about_of(parts.test.rows)]
+    folds = folds_of(embeddings, task)
+    test = all_judged(folds)
+    keys = [one["key"] for one in embeddings.about_of(test.rows)]
     if keys != images.keys.tolist():
         raise DataError(
             f"{', '.join(task.data.shards)}: the test images are no longer those that the "
             "comparison began with; restore the shards, or give the comparison another name."
         )
-    train, val, test = (features[part.rows] for part in (parts.train, parts.val, parts.test))
-    fitted = fit_for(
-        name,
-        train,
-        parts.train.labels,
-        validation=(val, parts.val.labels),
-        settings=task.probe,
-    )
+    probe, fits = probed(name, features, folds, task)
     return Scores(
-        fitted.scores(test),
-        fitted.validation_auroc,
-        _few(name, features, parts, task),
-        plane(test),
+        probe,
+        float(np.mean([fitted.validation_auroc for fitted in fits])),
+        _few(name, features, folds[0], task),
+        plane(features[test.rows]),
     )
 
 

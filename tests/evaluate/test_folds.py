@@ -1,0 +1,95 @@
+"""Folds in place of splits: every image judged once, by what learned from other patients."""
+
+import numpy as np
+import pytest
+
+from mlvicx_dist.config import EvaluateConfig, parse_config
+from mlvicx_dist.errors import ConfigError, DataError
+from mlvicx_dist.evaluate.embed import Embeddings
+from mlvicx_dist.evaluate.evaluation import evaluate
+from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed
+from mlvicx_dist.evaluate.summary import summary
+
+
+def settings(**changes):
+    tree = {"kind": "evaluate", "name": "t", "data": {"shards": ["x"]}, "bootstrap": {"draws": 100}}
+    config = parse_config({**tree, "folds": 5, **changes}, "t")
+    assert isinstance(config, EvaluateConfig)
+    return config
+
+
+@pytest.fixture
+def embeddings():
+    """200 images of 90 patients, each in one split; features tell class a, c is rare."""
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 90, 200)
+    labels = np.stack([rng.integers(0, 2, 200), rng.integers(0, 2, 200), np.arange(200) == 7], 1)
+    features = rng.normal(size=(200, 5)).astype(np.float32)
+    features[:, 0] += 2 * labels[:, 0]
+    about = tuple(
+        {
+            "split": ("train", "val", "test")[patient % 3],
+            "patient": str(patient),
+            "source": "s",
+            "key": str(k),
+        }
+        for k, patient in enumerate(patients)
+    )
+    blind = rng.normal(size=(200, 5)).astype(np.float32)
+    return Embeddings((features, blind, blind), labels.astype(float), ("a", "b", "c"), about)
+
+
+def test_every_image_is_judged_once_by_what_learned_from_other_patients(embeddings):
+    folds = folds_of(embeddings, settings())
+    assert len(folds) == 5
+    judged = np.sum([parts.test.rows for parts in folds], 0)
+    assert (judged == 1).all()
+    for parts in folds:
+        train, val, test = (set(p.patients) for p in (parts.train, parts.val, parts.test))
+        assert not (train & val or train & test or val & test)
+        assert len(train | val | test) == len(set(embeddings.patients()))
+        assert len(train) > 2 * len(val)
+    # The same again: encoders are compared on the same folds.
+    again = folds_of(embeddings, settings())
+    assert all((a.test.rows == b.test.rows).all() for a, b in zip(folds, again, strict=True))
+    assert folds[0].classes == ["a", "b"]
+    assert "only 0 for c in the training part of fold" in folds[0].left_out["c"]
+
+
+def test_what_is_judged_is_in_the_order_of_the_images(embeddings):
+    folds = folds_of(embeddings, settings())
+    test = all_judged(folds)
+    assert test.labels.tolist() == embeddings.labels[:, :2].tolist()
+    assert test.patients.tolist() == embeddings.patients().tolist()
+    scores, fits = probed("pretrained", embeddings.features[0], folds, settings())
+    for parts, fitted in zip(folds, fits, strict=True):
+        own = fitted.scores(embeddings.features[0][parts.test.rows])
+        assert np.array_equal(scores[parts.test.rows], own)
+
+
+def test_an_evaluation_by_folds(embeddings):
+    result = evaluate(embeddings, settings(subgroups=False))
+    assert result["probe"]["pretrained"]["a"]["value"] > 0.85
+    assert abs(result["probe"]["pretrained"]["b"]["value"] - 0.5) < 0.15
+    assert result["knn"]["pretrained"]["a"]["value"] > 0.8
+    assert result["splits"]["test"] == {"images": 200, "patients": 84}
+    assert result["splits"]["train"]["patients"] == 50
+    assert len(result["penalty"]["pretrained"]["l2"]) == 5
+    result["overlap"] = {"unknown": "no run"}
+    assert "on 200 images of 84 patients, in 5 folds;" in summary(result)[0]
+
+
+def test_without_folds_the_splits_count(embeddings):
+    (parts,) = folds_of(embeddings, settings(folds=None))
+    assert all_judged([parts]).rows.tolist() == embeddings.rows("test").tolist()
+    assert counted([parts])["test"]["images"] == embeddings.rows("test").sum()
+
+
+def test_what_cannot_be_is_said(embeddings):
+    with pytest.raises(DataError, match=r"^x: 84 patients cannot be dealt into 99 folds; lower"):
+        folds_of(embeddings, settings(folds=99))
+    with pytest.raises(DataError, match=r"^x: no class has both labels in the training part of"):
+        folds_of(embeddings, settings(classes=["c"]))
+    for key in ("few_labels", "fine_tune", "segment"):
+        with pytest.raises(ConfigError, match=f"{key} needs the splits, which folds do away with"):
+            settings(**{key: {}})
