@@ -120,7 +120,7 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
         plan = {"settings": to_tree(config), "steps": steps, "check_memory": elsewhere}
         total = _total(steps, config.workers.num)
         with progress("profiling", total, "steps") as bar:
-            fit = trainer(profile_worker, plan, config.workers, channel, folder)
+            fit = trainer(profile_worker, plan, config.workers, channel, folder, resumes=False)
             found = fitted(
                 fit,
                 "The workers could not be profiled",

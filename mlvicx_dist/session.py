@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,17 @@ LONGEST_FOLDER = 40
 """The names of a session and a socket take 66 of the 107 bytes of a Unix socket's path."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
+PRIVATE = {
+    # Ray's workers are nice by 15: beside any other busy process, one with two threads ran eight
+    # times slower than at 0.
+    "RAY_worker_niceness": "0",
+    # Of a few trials' processes on two cores Ray would warn that they are many.
+    "RAY_worker_maximum_startup_concurrency": "8",
+    # Its one node is not taken away, and nobody reads Ray Train's metrics.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+"""The environment of a private cluster's processes."""
 
 
 def on_cluster() -> bool:
@@ -91,7 +102,7 @@ def ray_session(
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    given = ray.is_initialized()
+    given, stack = ray.is_initialized(), ExitStack()
     try:
         if on_cluster():
             if not given:
@@ -99,21 +110,30 @@ def ray_session(
             check_resources(needed, whole_cluster(), "the cluster", asked, remedy)
         else:
             check_resources(needed, this_machine(), "this machine", asked, remedy)
+            stack.enter_context(_defaults(PRIVATE))
             _start(deaf=deaf, dashboard=dashboard)
         yield
     finally:
         if not given:
             ray.shutdown()
+        stack.close()
+
+
+@contextmanager
+def _defaults(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that this block has where the user gave none."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _start(*, deaf: bool, dashboard: bool) -> None:
     import ray
 
-    # Ray's workers are nice by 15: beside any other busy process, one with two threads ran eight
-    # times slower than at 0.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Of a few trials' processes on two cores Ray would warn that they are many.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     _hide_token()
     folder = _own_folder()
     # A blocked signal stays blocked in the processes that are started meanwhile.
@@ -129,6 +149,8 @@ def _start(*, deaf: bool, dashboard: bool) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        # It reads every worker's log ten times a second, for drivers that show them.
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)
     except Exception as error:
         # Ray has no class of its own for a node that does not come up in time.
         raise ResourceError(

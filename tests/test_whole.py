@@ -119,7 +119,10 @@ esac
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tutorial_as_it_is_typed(tmp_path, laptop):
-    """What its blocks say, line by line; trainings are short, their views and backbone small."""
+    """What its blocks say, line by line; trainings are short, their views and backbone small.
+
+    That they start a cluster where there is none is seen elsewhere (tests/test_profile.py).
+    """
     text = (ROOT / "docs" / "tutorial.md").read_text()
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     blocks = {

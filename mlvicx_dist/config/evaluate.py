@@ -183,6 +183,10 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _judged_by_splits(self) -> EvaluateConfig:
+        if self.folds and self.data.train == self.data.val:
+            raise ValueError(
+                "data.train and data.val are one split, but folds are dealt from three: name two"
+            )
         for key in ("few_labels", "fine_tune", "segment", "localise"):
             if self.folds and getattr(self, key):
                 raise ValueError(

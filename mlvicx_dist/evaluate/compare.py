@@ -7,7 +7,7 @@ file below `scores/`: the same command again goes on from whatever of these is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,7 +136,7 @@ def compare(config: CompareConfig) -> Comparison:
             _connect(plan, stack)
             stopped, steps = _steps(plan, trained)
             if not stopped:
-                with _one_thread():
+                with _one_thread() if config.at_once > 1 else nullcontext():
                     stopped = _train(plan, trained, steps, images)
         result = write_found(plan.folder, config)
     return Comparison(folder, result, stopped)
@@ -168,7 +168,7 @@ def _check_labels(plan: Plan) -> None:
             unseen, _ = about_shards(
                 task.data.shards, splits=list(dict.fromkeys(splits)), cache=cache_of(task.data)
             )
-            where = f"methods.{name}, task {task.name}, its splits {' and '.join(splits)}"
+            where = f"methods.{name}, task {task.name}, its splits {', '.join(splits)}"
             label_overlap(unseen, [], method.settings, where=where)
 
 

@@ -129,12 +129,13 @@ def _notes(result: Result, task: Result) -> Iterator[str]:
     for name, why in task["left_out"].items():
         yield f"Left out: {name} ({why})."
     yield overlap_words(task["overlap"])
+    whose = "these images" if task["folds"] else "the validation or test images"
+    too = "" if task["folds"] else ", from which the probe of this table may learn too,"
     for name, splits in _learned(result, task["auroc"]):
         yield (
             f"{name}: its encoder learned the labels of the split {' and '.join(splits)} of the "
-            "pretraining shards, from which the probe of this table may learn too, and of no "
-            "patient of the validation or test images. It is not among the others of which the "
-            "best is taken."
+            f"pretraining shards{too} and of no patient of {whose}. It is not among the others of "
+            "which the best is taken."
         )
 
 

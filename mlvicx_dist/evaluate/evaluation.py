@@ -23,7 +23,7 @@ from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
-from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, joined, probed
+from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed, ranked
 from mlvicx_dist.evaluate.localise import check_context, localise
 from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
@@ -136,7 +136,9 @@ def _labels(
     splits = splits_of(settings) if settings.folds else [data.test]
     unseen, _ = about_shards(data.shards, splits=splits, cache=cache)
     learned, _ = about_shards(data.shards, splits=others, cache=cache)
-    where = "all folds" if settings.folds else f"the split '{data.test}'"
+    where = f"the split '{data.test}'"
+    if settings.folds:
+        where = f"{', '.join(data.shards)}, all of which folds judge"
     return label_overlap(unseen, learned, config, where=where)
 
 
@@ -221,16 +223,18 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
     folds = folds_of(embeddings, settings)
     parts, test = folds[0], all_judged(folds)
     probe: dict[str, np.ndarray] = {}
+    logits: dict[str, np.ndarray] = {}
     knn: dict[str, np.ndarray] = {}
     penalties = {}
     with progress("probing", len(by_encoder), "encoders") as bar:
         for name, features in by_encoder.items():
-            probe[name], fits = probed(name, features, folds, settings)
+            found = probed(name, features, folds, settings)
+            probe[name], logits[name] = found.scores, found.logits
             penalties[name] = {
-                "l2": [fitted.l2 for fitted in fits],
-                "validation_auroc": float(np.mean([fitted.validation_auroc for fitted in fits])),
+                "l2": [fitted.l2 for fitted in found.fits],
+                "validation_auroc": found.validation_auroc,
             }
-            knn[name] = joined(
+            knn[name] = ranked(
                 folds,
                 [
                     knn_scores(
@@ -271,7 +275,7 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
             c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k])
             for k, c in enumerate(kept)
         },
-        "calibration": {name: _calibration(probe[name], test_labels, kept) for name in ENCODERS},
+        "calibration": {name: _calibration(logits[name], test_labels, kept) for name in ENCODERS},
         "roc": {
             name: {c: _curve(probe[name][:, k], test_labels[:, k]) for k, c in enumerate(kept)}
             for name in ENCODERS

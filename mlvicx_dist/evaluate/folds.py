@@ -3,14 +3,20 @@
 Where few images have labels, three splits leave too few to learn from or too few to judge by. Dealt
 into folds by patient, each image is judged by a probe that learned from other patients, and all of
 them count (cross-validation).
+
+Logits of two probes are on two scales, and where a fold has more positives its probe, which learned
+from the others, expects fewer: pooled as they are, they would rank the images of an encoder that
+knows nothing below chance. So an image's score is its rank in its fold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import DataError
@@ -63,6 +69,11 @@ def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
             Part(split, chosen, labels[chosen], patients[chosen])
             for split, chosen in zip(splits, rows(k), strict=True)
         )
+        if not usable_classes(classes, {"": val.labels})[0]:
+            raise DataError(
+                f"{shards}: none of {', '.join(classes)} has both labels among the images that the "
+                f"probe of fold {k + 1} of {count} is tuned on; lower folds."
+            )
         found.append(Parts(train, val, test, classes, left_out))
     return found
 
@@ -83,19 +94,36 @@ def joined(folds: Sequence[Parts], values: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(values))[np.argsort(rows)]
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What the probes of one encoder say of the images that are judged.
+
+    Attributes:
+        scores: By which images are compared, [n, K]: logits, of folds their ranks in (0, 1).
+        logits: [n, K].
+        fits: The probe of each fold.
+    """
+
+    scores: np.ndarray
+    logits: np.ndarray
+    fits: list[Fitted]
+
+    @property
+    def validation_auroc(self) -> float:
+        """Mean over the classes and folds."""
+        return float(np.mean([fitted.validation_auroc for fitted in self.fits]))
+
+
 def probed(
     name: str, features: np.ndarray, folds: Sequence[Parts], settings: EvaluateConfig
-) -> tuple[np.ndarray, list[Fitted]]:
-    """What the probes of one encoder say of the images that are judged.
+) -> Probed:
+    """Fit the probes of one encoder and ask them.
 
     Args:
         name: Of the encoder, see `fit_for`.
         features: Of all images, [all, F].
         folds: The splits, or the folds.
         settings: The probe.
-
-    Returns:
-        Scores, [n, K], and the probe of each fold.
     """
     fits = [
         fit_for(
@@ -107,10 +135,18 @@ def probed(
         )
         for parts in folds
     ]
-    scores = [
+    said = [
         fitted.scores(features[parts.test.rows]) for fitted, parts in zip(fits, folds, strict=True)
     ]
-    return joined(folds, scores), fits
+    return Probed(ranked(folds, said), joined(folds, said), fits)
+
+
+def ranked(folds: Sequence[Parts], scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores of each fold's test images in the order of the embeddings, comparable across folds."""
+    if len(folds) > 1:
+        # Of n images the ranks lie in the middle of n equal steps.
+        scores = [(rankdata(one, axis=0) - 0.5) / len(one) for one in scores]
+    return joined(folds, scores)
 
 
 def counted(folds: Sequence[Parts]) -> dict[str, Any]:

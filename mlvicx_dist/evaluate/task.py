@@ -61,7 +61,7 @@ class Scores:
     """What one encoder's probe says of the test images.
 
     Attributes:
-        probe: Scores, [n, K].
+        probe: Scores, [n, K]; of folds ranks.
         validation_auroc: The probe's on the validation images, mean over the classes and folds.
         few: For each share of the training patients the mean AUROC of each draw, [D], and the same
             under resampled patients, [D, R]; None where no class can be judged.
@@ -141,10 +141,10 @@ def score(
             f"{', '.join(task.data.shards)}: the test images are no longer those that the "
             "comparison began with; restore the shards, or give the comparison another name."
         )
-    probe, fits = probed(name, features, folds, task)
+    found = probed(name, features, folds, task)
     return Scores(
-        probe,
-        float(np.mean([fitted.validation_auroc for fitted in fits])),
+        found.scores,
+        found.validation_auroc,
         _few(name, features, folds[0], task),
         plane(features[test.rows]),
     )

@@ -55,7 +55,7 @@ def make_plan(config: PretrainConfig, request: Request) -> Plan:
     rows = math.ceil(batch / machines.workers)
     loading, steps, loading_said = _loading(config, request, machines)
     with progress("planning", 3, "parts") as bar:
-        there, needed = _memory(machines), needed_bytes(config, rows)
+        there, needed = _memory(machines), _needed(config, rows, machines)
         if needed > there:
             raise ResourceError(_too_large(config, machines, needed, there))
         bar.advance(note="memory")
@@ -169,6 +169,10 @@ def _memory(machines: Machines) -> int:
     return (memory_bytes(gpu=False) or 0) // together - PROCESS_BYTES
 
 
+def _needed(config: PretrainConfig, rows: int, machines: Machines) -> int:
+    return needed_bytes(config, rows, gpu=machines.gpu is not None)
+
+
 def _too_large(config: PretrainConfig, machines: Machines, needed: int, there: int) -> str:
     """Why a worker's memory cannot hold its rows, and what it could."""
     batch, workers = config.train.batch_size, machines.workers
@@ -176,7 +180,7 @@ def _too_large(config: PretrainConfig, machines: Machines, needed: int, there: i
     half = max(rows // 2, 2)
     ways = []
     if rows > half:
-        an_image = (needed - needed_bytes(config, half)) / (rows - half)
+        an_image = (needed - _needed(config, half, machines)) / (rows - half)
         fit = int(SURE * (rows - (needed - there) / an_image))
         if fit >= 2:
             if machines.gpu:
@@ -184,7 +188,7 @@ def _too_large(config: PretrainConfig, machines: Machines, needed: int, there: i
             ways.append(f"lower train.batch_size to {fit * workers}")
     if not config.train.recompute:
         try:
-            less = needed_bytes(_trained(config, recompute=True), rows)
+            less = _needed(_trained(config, recompute=True), rows, machines)
             if less <= there:
                 ways.append(f"set train.recompute=true, which needs {less / 1e9:.1f} GB")
         except ConfigError:

@@ -83,7 +83,7 @@ def drive(
             "check_memory": elsewhere,
             "judge": judge,
         }
-        fit = Fit(trainer(train_worker, plan, config.workers, channel, folder, held=held))
+        fit = Fit(trainer(train_worker, plan, config.workers, channel, folder, guard=held))
         try:
             with progress("training", total, "steps") as bar, signals() as asked:
                 shown = Shown(bar, heard)

@@ -13,7 +13,7 @@ from ray.train import UserCallback
 
 from mlvicx_dist.errors import TrainingError, UserError
 from mlvicx_dist.train.notices import Regroup
-from mlvicx_dist.train.rows import append
+from mlvicx_dist.train.rows import Reader, append
 
 E = TypeVar("E", bound=BaseException)
 
@@ -27,7 +27,9 @@ class Failures(UserCallback):
 
     def __init__(self, channel: Path, max_failures: int, *, resumes: bool = True) -> None:
         self.channel, self.max_failures, self.resumes = channel, max_failures, resumes
-        self._failures, self._best = 0, -1
+        self._rows = Reader(channel)
+        self._failures, self._step, self._best = 0, 0, -1
+        self._nodes: list[str] = []
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Say that workers died; raise a user's error, or that they died too often.
@@ -45,7 +47,8 @@ class Failures(UserCallback):
         if regroups:
             self._say(str(regroups[0]))
             return
-        step, nodes = self._told()
+        self._look()
+        step, nodes = self._step, self._nodes
         ranks = ", ".join(
             f"{rank} on {nodes[rank]}" if rank < len(nodes) else str(rank)
             for rank in sorted(worker_exceptions)
@@ -64,17 +67,14 @@ class Failures(UserCallback):
         now = "going on from the newest checkpoint" if self.resumes else "beginning anew"
         self._say(f"worker {ranks} died ({last}); {now}")
 
-    def _told(self) -> tuple[int, list[str]]:
-        """The furthest step that was told, and the nodes of the last group by rank."""
-        step, nodes = 0, list[str]()
-        with self.channel.open(encoding="utf-8") as file:
-            for row in (json.loads(line) for line in file if line.endswith("\n")):
-                step = max(step, int(row.get("step", 0)))
-                nodes = row.get("nodes", nodes)
-        return step, nodes
+    def _look(self) -> None:
+        """Read on: the furthest step that was told, and the nodes of the last group by rank."""
+        for row in self._rows():
+            self._step = max(self._step, int(row.get("step", 0)))
+            self._nodes = row.get("nodes", self._nodes)
 
     def _say(self, words: str) -> None:
-        append(self.channel, json.dumps({"said": [words]}))
+        append(self.channel, json.dumps({"said": [words]}) + "\n")
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -59,16 +59,12 @@ def cluster(workers: Workers) -> Iterator[None]:
     # An elastic group asks only for what is there. Ray may still count a node that is just gone:
     # then the next try, soon, is the right one.
     start_s = min(workers.start_timeout_s, ELASTIC_START_S if workers.min else float("inf"))
-    # A private cluster's node is not taken away, and nobody reads its metrics.
-    watched = int(on_cluster())
     for name, value in {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start_s,
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": workers.collective_timeout_s,
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": workers.collective_timeout_s,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": watched,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_S,
-        "RAY_TRAIN_METRICS_ENABLED": watched,
         # What a worker that stands still is given before it is killed.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
     }.items():
@@ -85,7 +81,7 @@ def trainer(
     channel: Path,
     folder: str,
     *,
-    held: Any = None,
+    guard: Any = None,
     resumes: bool = True,
 ) -> Any:
     """Ray's trainer of a group as the settings want it.
@@ -96,18 +92,18 @@ def trainer(
         workers: The group.
         channel: Where rank 0's rows go, see `watching`.
         folder: For what Ray stores of its own.
-        held: The run's `guard`; None: one without a name.
+        guard: The run's; None: one without a name.
         resumes: Whether a new group goes on from a checkpoint; else it begins anew.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from mlvicx_dist.train.failures import Failures
-    from mlvicx_dist.train.guard import messenger
+    from mlvicx_dist.train.guard import unnamed_guard
 
     return TorchTrainer(
         function,
-        train_loop_config={**plan, "guard": held or messenger(channel)},
+        train_loop_config={**plan, "guard": guard or unnamed_guard(channel)},
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.num) if workers.min else workers.num,
             use_gpu=workers.use_gpu,

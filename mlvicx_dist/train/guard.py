@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ class _Guard:
     """Holds a run's name in the cluster; carries words to rank 0 and its rows into a file."""
 
     def __init__(self, channel: Path | None) -> None:
-        self._channel = channel
+        self._channel, self._lines = channel, ""
         self._word = Notice.NONE
         self._told = asyncio.Event()
 
@@ -43,13 +45,17 @@ class _Guard:
             self._told.clear()
         return int(self._word)
 
-    async def write(self, line: str) -> None:
+    async def write(self, lines: str) -> None:
+        """Add lines to the file; where that cannot be they wait for the next ones."""
         assert self._channel is not None
-        append(self._channel, line)
+        self._lines += lines
+        with suppress(OSError):
+            append(self._channel, self._lines)
+            self._lines = ""
 
 
-def messenger(channel: Path | None, **options: Any) -> Any:
-    """A guard without a name: rows go into the file `channel` of this process's node."""
+def unnamed_guard(channel: Path | None, **options: Any) -> Any:
+    """A guard of no run: rows go into the file `channel` of this process's node."""
     return ray.remote(_Guard).options(**on_this_node(), **options).remote(channel)
 
 
@@ -69,7 +75,7 @@ def guard(
     """
     name = "run-" + hashlib.sha256(run_dir.encode()).hexdigest()[:16]
     try:
-        return messenger(channel, name=name, namespace=NAMESPACE)
+        return unnamed_guard(channel, name=name, namespace=NAMESPACE)
     except ValueError:
         raise taken(run_dir, kind, key) from None
 
@@ -81,6 +87,7 @@ class FromRay:
         self._guard = held
         self._answer = held.told.remote() if rank == 0 else None
         self._looked_s = time.monotonic()
+        self._looks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
 
     def word(self) -> Notice:
         """What the driver said, or now and then LOOK."""
@@ -89,7 +96,7 @@ class FromRay:
             self._answer = self._guard.told.remote() if word is not Notice.STOP else None
             return word
         now = time.monotonic()
-        if now - self._looked_s < LOOK_EVERY_S:
+        if not self._looks or now - self._looked_s < LOOK_EVERY_S:
             return Notice.NONE
         self._looked_s = now
         return Notice.LOOK

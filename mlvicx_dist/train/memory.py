@@ -32,12 +32,12 @@ from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
 PROCESS_BYTES = 600_000_000
 """What a worker's process takes with its libraries, before it trains."""
 KEPT = 1.25
-"""What a worker on a CPU takes for a step, over what lives at once; measured: 1.11 to 1.37."""
+"""What a worker on a CPU takes for a step, over what lives at once in it; measured 1.11 to 1.37."""
 STATES = {"lars": 1, "adamw": 2}
 """Tensors of an optimizer's state for each trained parameter."""
 
 
-def needed_bytes(config: PretrainConfig, rows: int) -> int:
+def needed_bytes(config: PretrainConfig, rows: int, *, gpu: bool | None = None) -> int:
     """The memory that one worker needs to train on its rows of the global batch.
 
     Parameters, gradients, the optimizer's state and what it takes for a step; and the most that
@@ -47,11 +47,12 @@ def needed_bytes(config: PretrainConfig, rows: int) -> int:
     Args:
         config: The settings.
         rows: Images of each view that the worker holds.
+        gpu: Whether it trains on a GPU; None: as the settings say.
 
     Raises:
         ConfigError: the backbone or a level does not exist, or `train.recompute` cannot be had.
     """
-    kept = 1.0 if config.workers.use_gpu else KEPT
+    kept = 1.0 if (config.workers.use_gpu if gpu is None else gpu) else KEPT
     return standing_bytes(config, rows) + int(kept * _step_peak(shapes_of(config), config, rows))
 
 

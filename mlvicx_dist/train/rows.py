@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,65 @@ LAST_WORD_S = 5.0
 
 
 @contextmanager
-def telling(held: Any, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def telling(guard: Any, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What a worker calls with its rows in the block; rank 0's reach the driver, without a wait.
 
+    A row that comes while the one before is under way goes with the next, so that they stay in
+    order: Ray does not promise that of the calls of such an actor.
+
     Args:
-        held: The `guard`.
+        guard: The group's.
         rank: This worker's.
     """
     import ray
 
-    last: list[Any] = []
+    sent: list[Any] = []
+    lines: list[str] = []
+
+    def send() -> None:
+        sent[:] = [guard.write.remote("".join(lines))]
+        lines.clear()
 
     def tell(row: dict[str, Any]) -> None:
         if rank == 0:
-            last[:] = [held.write.remote(json.dumps(row))]
+            lines.append(json.dumps(row) + "\n")
+            if not sent or ray.wait(sent, timeout=0)[0]:
+                send()
 
     try:
         yield tell
     finally:
-        if last:
-            ray.wait(last, timeout=LAST_WORD_S)
+        if sent:
+            ray.wait(sent, timeout=LAST_WORD_S)
+        if lines:
+            send()
+            ray.wait(sent, timeout=LAST_WORD_S)
 
 
-def append(channel: Path, line: str) -> None:
-    """Add a line to the file."""
+def append(channel: Path, lines: str) -> None:
+    """Add whole lines to the file."""
     with channel.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        # A disk that was full may have cut the line before.
+        file.write("\n" + lines)
+
+
+class Reader:
+    """The rows that came into a file since the last look; a line that is not whole is none yet."""
+
+    def __init__(self, channel: Path) -> None:
+        self._channel, self._read = channel, 0
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Look."""
+        with self._channel.open("rb") as file:
+            file.seek(self._read)
+            lines, end, _ = file.read().rpartition(b"\n")
+        self._read += len(lines) + len(end)
+        rows = []
+        for line in lines.splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
 
 
 @contextmanager
@@ -55,26 +88,19 @@ def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[
         Exception: what `show` raised, when the block ends; no row after that one was shown.
     """
     channel.touch()
-    ended = threading.Event()
+    look, ended = Reader(channel), threading.Event()
     raised: list[Exception] = []
 
     def follow() -> None:
-        with channel.open(encoding="utf-8") as file:
-            line = ""
-            while True:
-                last_look = ended.is_set()
-                while piece := file.readline():
-                    line += piece
-                    if line.endswith("\n"):
-                        try:
-                            show(json.loads(line))
-                        except Exception as error:
-                            raised.append(error)
-                            return
-                        line = ""
-                if last_look:
-                    return
-                ended.wait(POLL_S)
+        last_look = False
+        while not last_look:
+            last_look = ended.wait(POLL_S)
+            try:
+                for row in look():
+                    show(row)
+            except Exception as error:
+                raised.append(error)
+                return
 
     thread = threading.Thread(target=follow, name="mlvicx-progress", daemon=True)
     thread.start()

@@ -229,7 +229,7 @@ def test_what_learns_labels_stands_beside_and_says_so(
             capsys, path, "--set", f"methods.supervised={{loss.label_splits: {splits}}}"
         )
         assert code == 2 and not alone
-        assert "methods.supervised, task phantoms, its splits val and test: the encoder" in err
+        assert "methods.supervised, task phantoms, its splits val, test: the encoder" in err
     document, code, _ = compared(capsys, path)
     assert (code, document["missing"], alone) == (0, {}, ["supervised-seed-0"])
     task = document["tasks"]["phantoms"]
@@ -239,6 +239,24 @@ def test_what_learns_labels_stands_beside_and_says_so(
     words = "\n".join(markdown(document))
     assert "supervised: its encoder learned the labels of the split train of the pre" in words
     assert "supervised: its encoder learned all labels of the split train." in words
+
+
+def test_a_task_by_folds_judges_all_images_and_nobody_that_learned_their_labels(
+    alone, phantom_shards, tmp_path, capsys
+):
+    settings = tree(phantom_shards, tmp_path / "c", seeds=[0], methods={"untrained": {}})
+    task = {k: v for k, v in settings["tasks"][0].items() if k != "few_labels"}
+    settings["tasks"] = [{**task, "name": "all", "folds": 3}, *settings["tasks"]]
+    path = written(tmp_path, settings)
+    document, code, _ = compared(capsys, path)
+    assert code == 0
+    by_folds, by_splits = (document["tasks"][name] for name in ("all", "phantoms"))
+    assert by_folds["images"] == sum(one["images"] for one in by_splits["splits"].values())
+    assert f"{by_folds['patients']} test patients in 3 folds" in "\n".join(markdown(document))
+    learner = "methods.supervised={loss.label_splits: [train]}"
+    _, code, err = compared(capsys, path, "--set", learner)
+    assert code == 2 and alone == []
+    assert "methods.supervised, task all, its splits train, val, test: the encoder learned" in err
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Folds in place of splits: every image judged once, by what learned from other patients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
 from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed
+from mlvicx_dist.evaluate.probe import mean_auroc
 from mlvicx_dist.evaluate.summary import summary
 
 
@@ -61,10 +64,34 @@ def test_what_is_judged_is_in_the_order_of_the_images(embeddings):
     test = all_judged(folds)
     assert test.labels.tolist() == embeddings.labels[:, :2].tolist()
     assert test.patients.tolist() == embeddings.patients().tolist()
-    scores, fits = probed("pretrained", embeddings.features[0], folds, settings())
-    for parts, fitted in zip(folds, fits, strict=True):
+    found = probed("pretrained", embeddings.features[0], folds, settings())
+    for parts, fitted in zip(folds, found.fits, strict=True):
         own = fitted.scores(embeddings.features[0][parts.test.rows])
-        assert np.array_equal(scores[parts.test.rows], own)
+        assert np.array_equal(found.logits[parts.test.rows], own)
+        # Compared by their ranks in the fold.
+        assert np.array_equal(np.argsort(found.scores[parts.test.rows], 0), np.argsort(own, 0))
+    assert 0 < found.scores.min() < 0.02 and 0.98 < found.scores.max() < 1
+    assert 0.5 < found.validation_auroc < 1
+
+
+def test_an_encoder_that_knows_nothing_is_at_chance():
+    """A fold with more positives has a probe that expects fewer: logits as they are rank below."""
+    by_rank, by_logit = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        features = rng.normal(size=(200, 4)).astype(np.float32)
+        labels = (rng.random((200, 1)) < 0.2).astype(float)
+        about = tuple(
+            {"split": "train", "patient": str(k), "source": "s", "key": str(k)} for k in range(200)
+        )
+        found = Embeddings((features,), labels, ("a",), about)
+        strong = settings(probe={"l2": [1e3]})
+        folds = folds_of(found, strong)
+        said = probed("pretrained", features, folds, strong)
+        by_rank.append(mean_auroc(said.scores, labels))
+        by_logit.append(mean_auroc(said.logits, labels))
+    assert np.mean(by_logit) < 0.46
+    assert abs(np.mean(by_rank) - 0.5) < 0.04
 
 
 def test_an_evaluation_by_folds(embeddings):
@@ -90,6 +117,16 @@ def test_what_cannot_be_is_said(embeddings):
         folds_of(embeddings, settings(folds=99))
     with pytest.raises(DataError, match=r"^x: no class has both labels in the training part of"):
         folds_of(embeddings, settings(classes=["c"]))
-    for key in ("few_labels", "fine_tune", "segment"):
+    for key, value in {"few_labels": {}, "fine_tune": {}, "segment": {}, "localise": True}.items():
         with pytest.raises(ConfigError, match=f"{key} needs the splits, which folds do away with"):
-            settings(**{key: {}})
+            settings(**{key: value})
+    with pytest.raises(ConfigError, match="are one split, but folds are dealt from three"):
+        settings(data={"shards": ["x"], "val": "train"})
+
+
+def test_a_fold_that_has_nothing_to_tune_on_is_refused(embeddings):
+    labels = np.zeros((200, 1))
+    labels[np.flatnonzero(embeddings.labels[:, 0])[:6]] = 1
+    few = replace(embeddings, labels=labels, classes=("rare",))
+    with pytest.raises(DataError, match=r"^x: none of rare has both labels .* fold \d+ of 20 is"):
+        folds_of(few, settings(folds=20))

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_with_ways_that_do(config, monkeypatch):
     def fits(size, workers):
         train = settings.train.model_copy(update={"batch_size": size})
         rows = -(-size // workers)
-        return needed_bytes(settings.model_copy(update={"train": train}), rows) <= there
+        return needed_bytes(settings.model_copy(update={"train": train}), rows, gpu=True) <= there
 
     assert fits(1024, gpus) and fits(batch, 1)
     # And not much less than what would.

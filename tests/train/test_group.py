@@ -1,5 +1,6 @@
 """What is told of a group of workers, and how its end is."""
 
+import asyncio
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from mlvicx_dist.errors import DataError, ResourceError, TrainingError
 from mlvicx_dist.train import shown
 from mlvicx_dist.train.failures import Failures
 from mlvicx_dist.train.group import Fit, cluster, fitted, trainer
+from mlvicx_dist.train.guard import _Guard
 from mlvicx_dist.train.rows import telling, watching
 from mlvicx_dist.train.shown import Refusals, Shown, placed
 
@@ -158,6 +160,17 @@ def test_failures_are_counted_from_the_furthest_step_that_was_told(tmp_path):
     assert die(begin)
     with pytest.raises(TrainingError, match=r"^step 4: the workers failed 3 times without"):
         die(begin)
+
+
+def test_rows_that_a_full_disk_refused_come_with_the_next_ones(tmp_path):
+    channel = tmp_path / "there" / "rows.jsonl"
+    guard, rows = _Guard(channel), []
+    asyncio.run(guard.write('{"step": 1}\n'))
+    channel.parent.mkdir()
+    with watching(channel, rows.append):
+        channel.write_text('{"st')
+        asyncio.run(guard.write('{"step": 2}\n'))
+    assert rows == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.slow
