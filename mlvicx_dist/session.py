@@ -8,8 +8,9 @@ import secrets
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,10 @@ PRIVATE = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """The environment of a private cluster's processes."""
+MARK = "MLVICX_CLUSTER"
+"""The variable by which a private cluster's processes are known."""
+LEFT_S = 2.0
+"""How long those that are left at its end may take to end by themselves."""
 
 
 def on_cluster() -> bool:
@@ -102,7 +107,7 @@ def ray_session(
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    given, stack = ray.is_initialized(), ExitStack()
+    given, stack, mark = ray.is_initialized(), ExitStack(), secrets.token_hex(8)
     try:
         if on_cluster():
             if not given:
@@ -111,12 +116,38 @@ def ray_session(
         else:
             check_resources(needed, this_machine(), "this machine", asked, remedy)
             stack.enter_context(_defaults(PRIVATE))
-            _start(deaf=deaf, dashboard=dashboard)
+            stack.callback(_end_left, mark)
+            _start(mark, deaf=deaf, dashboard=dashboard)
         yield
     finally:
         if not given:
             ray.shutdown()
         stack.close()
+
+
+def _end_left(mark: str) -> None:
+    """End the processes of a private cluster that outlived it.
+
+    Of eleven of Ray Train's controllers one hung in its own exit, hours after its run had ended.
+    """
+    end_s = time.monotonic() + LEFT_S
+    while left := _marked(mark):
+        if time.monotonic() > end_s:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes with a mark; none where the system does not tell."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 @contextmanager
@@ -131,7 +162,7 @@ def _defaults(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _start(*, deaf: bool, dashboard: bool) -> None:
+def _start(mark: str, *, deaf: bool, dashboard: bool) -> None:
     import ray
 
     _hide_token()
@@ -139,7 +170,11 @@ def _start(*, deaf: bool, dashboard: bool) -> None:
     # A blocked signal stays blocked in the processes that are started meanwhile.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if deaf else ())
     try:
-        with _knowing_its_address() if dashboard else nullcontext(), sigterm_as_before():
+        with (
+            _defaults({MARK: mark}),
+            _knowing_its_address() if dashboard else nullcontext(),
+            sigterm_as_before(),
+        ):
             ray.init(
                 address="local",
                 _temp_dir=folder,

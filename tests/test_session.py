@@ -108,6 +108,29 @@ def test_nobody_without_the_token_gets_into_a_private_cluster(monkeypatch):
     assert any(one.stat().st_mode & 0o077 == 0 for one in ours)
 
 
+@pytest.mark.slow
+def test_what_outlives_a_private_cluster_is_ended(monkeypatch):
+    """As a process of Ray's may that hangs in its own exit; the driver's own children live on."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def leave():
+        child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        return child.pid, os.environ[session.MARK]
+
+    with session.ray_session({"CPU": 1}, asked="this test", remedy="take a core"):
+        node = ray._private.worker._global_node
+        assert "log_monitor" not in node.all_processes
+        left, mark = ray.get(ray.remote(leave).remote())
+        own = subprocess.Popen(["sleep", "300"])
+        assert left in session._marked(mark)
+    # Nobody may have fetched its exit code yet.
+    ended = left not in psutil.pids() or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+    lives = own.poll() is None
+    own.kill()
+    own.wait()
+    assert ended and lives and session.MARK not in os.environ
+
+
 OTHER = """
 import ray
 ray.init(address="local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False)
