@@ -29,6 +29,8 @@ LONGEST_FOLDER = 40
 """The names of a session and a socket take 66 of the 107 bytes of a Unix socket's path."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """A private cluster's object store: neither images nor training data pass through it."""
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Whether Ray Train looks for nodes that are about to be taken away."""
 PRIVATE = {
     # Ray's workers are nice by 15: beside any other busy process, one with two threads ran eight
     # times slower than at 0.
@@ -36,7 +38,7 @@ PRIVATE = {
     # Of a few trials' processes on two cores Ray would warn that they are many.
     "RAY_worker_maximum_startup_concurrency": "8",
     # Its one node is not taken away, and nobody reads Ray Train's metrics.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    WATCHER: "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """The environment of a private cluster's processes."""

@@ -231,7 +231,8 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
             found = probed(name, features, folds, settings)
             probe[name], logits[name] = found.scores, found.logits
             penalties[name] = {
-                "l2": [fitted.l2 for fitted in found.fits],
+                # One number as ever, or one a fold.
+                "l2": [fitted.l2 for fitted in found.fits] if settings.folds else found.fits[0].l2,
                 "validation_auroc": found.validation_auroc,
             }
             knn[name] = ranked(

@@ -6,6 +6,7 @@ The controller runs on the driver's node, so it reads the rows that were told, a
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +75,9 @@ class Failures(UserCallback):
             self._nodes = row.get("nodes", self._nodes)
 
     def _say(self, words: str) -> None:
-        append(self.channel, json.dumps({"said": [words]}) + "\n")
+        # A full disk must not end a run for the sake of a message.
+        with suppress(OSError):
+            append(self.channel, json.dumps({"said": [words]}) + "\n")
 
 
 def user_error(error: BaseException | None) -> UserError | None:

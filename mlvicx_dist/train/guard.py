@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from mlvicx_dist.session import on_this_node
+from mlvicx_dist.session import WATCHER, on_this_node
 from mlvicx_dist.train.notices import Notice
 from mlvicx_dist.train.owner import taken
 from mlvicx_dist.train.rows import append
@@ -87,7 +87,7 @@ class FromRay:
         self._guard = held
         self._answer = held.told.remote() if rank == 0 else None
         self._looked_s = time.monotonic()
-        self._looks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+        self._looks = os.environ.get(WATCHER) != "0"
 
     def word(self) -> Notice:
         """What the driver said, or now and then LOOK."""

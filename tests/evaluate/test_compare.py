@@ -259,6 +259,22 @@ def test_a_task_by_folds_judges_all_images_and_nobody_that_learned_their_labels(
     assert "methods.supervised, task all, its splits train, val, test: the encoder learned" in err
 
 
+@pytest.mark.parametrize(("at_once", "threads"), [(1, 2), (2, 1)])
+def test_what_judges_beside_runs_takes_one_core(
+    at_once, threads, alone, phantom_shards, tmp_path, capsys, monkeypatch
+):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(compare, "_train", lambda *_: seen.append(torch.get_num_threads()) or 0)
+    methods = {"mlvicx": {}}
+    settings = tree(phantom_shards, tmp_path / "c", methods=methods, at_once=at_once)
+    torch.set_num_threads(2)
+    try:
+        compared(capsys, written(tmp_path, settings))
+        assert (seen, torch.get_num_threads()) == ([threads], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_equal_time_gives_a_faster_method_more_steps(
     alone, phantom_shards, tmp_path, capsys, monkeypatch
