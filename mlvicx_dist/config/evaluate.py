@@ -45,7 +45,7 @@ class Embedding(Settings):
 class Probe(Settings):
     """Multi-label logistic regression on standardised embeddings."""
 
-    l2: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)
+    l2: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2], min_length=1)
     """Penalties tried; the one with the best mean AUROC on the validation split is taken."""
     max_iterations: Count = 200
     """The most steps of the fit."""

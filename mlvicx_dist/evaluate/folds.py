@@ -1,8 +1,9 @@
 """What a probe learns from and what it is judged on: the splits, or every image in its fold.
 
 Where few images have labels, three splits leave too few to learn from or too few to judge by. Dealt
-into folds by patient, each image is judged by a probe that learned from other patients, and all of
-them count (cross-validation).
+into folds by patient, each image is judged by a probe that learned from all other folds, and all of
+them count. The probe's penalty is chosen by those other folds alone, each left out in its turn
+(nested cross-validation).
 
 Logits of two probes are on two scales, and where a fold has more positives its probe, which learned
 from the others, expects fewer: pooled as they are, they would rank the images of an encoder that
@@ -12,25 +13,25 @@ knows nothing below chance. So an image's score is its rank in its fold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from mlvicx_dist.config import EvaluateConfig
+from mlvicx_dist.config import EvaluateConfig, Probe
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.parts import Part, Parts, named_labels, parts_of, usable_classes
-from mlvicx_dist.evaluate.pixels import fit_for
-from mlvicx_dist.evaluate.probe import Fitted
+from mlvicx_dist.evaluate.pixels import solver_of
+from mlvicx_dist.evaluate.probe import Fitted, best_in_turns, best_on
 
 SEED = 0
 """Of the deal: the same folds for every encoder."""
 
 
 def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
-    """The splits, or one Parts a fold: it is judged, the next one tunes, the others are learned.
+    """The splits, or one Parts a fold: it is judged, from the others is learned.
 
     Raises:
         DataError: see `parts_of`; or there are fewer patients than folds, or no class has both
@@ -50,11 +51,7 @@ def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
         )
     fold = np.random.default_rng(SEED).permutation(len(unique))[owner] % count
 
-    def rows(k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        test, val = fold == k, fold == (k + 1) % count
-        return ~(test | val), val, test
-
-    learned = {f"fold {k + 1}": labels[rows(k)[0]] for k in range(count)}
+    learned = {f"fold {k + 1}": labels[fold != k] for k in range(count)}
     classes, left_out = usable_classes(names, learned, within="training part of")
     if not classes:
         raise DataError(
@@ -62,19 +59,22 @@ def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
             f"({'; '.join(left_out.values())}); evaluate on labelled shards."
         )
     labels = labels[:, [names.index(name) for name in classes]]
-    splits = (settings.data.train, settings.data.val, settings.data.test)
+
+    def part(split: str, rows: np.ndarray) -> Part:
+        return Part(split, rows, labels[rows], patients[rows])
+
+    data = settings.data
     found = []
     for k in range(count):
-        train, val, test = (
-            Part(split, chosen, labels[chosen], patients[chosen])
-            for split, chosen in zip(splits, rows(k), strict=True)
-        )
-        if not usable_classes(classes, {"": val.labels})[0]:
+        train = part(data.train, fold != k)
+        turns = tuple(fold[train.rows] == j for j in range(count) if j != k)
+        if not any(usable_classes(classes, {"": train.labels[turn]})[0] for turn in turns):
             raise DataError(
-                f"{shards}: none of {', '.join(classes)} has both labels among the images that the "
-                f"probe of fold {k + 1} of {count} is tuned on; lower folds."
+                f"{shards}: none of {', '.join(classes)} has both labels in any of the folds that "
+                f"the probe of fold {k + 1} of {count} is tuned on; lower folds."
             )
-        found.append(Parts(train, val, test, classes, left_out))
+        test = part(data.test, fold == k)
+        found.append(Parts(train, replace(train, split=data.val), test, classes, left_out, turns))
     return found
 
 
@@ -120,25 +120,24 @@ def probed(
     """Fit the probes of one encoder and ask them.
 
     Args:
-        name: Of the encoder, see `fit_for`.
+        name: Of the encoder, see `solver_of`.
         features: Of all images, [all, F].
         folds: The splits, or the folds.
         settings: The probe.
     """
-    fits = [
-        fit_for(
-            name,
-            features[parts.train.rows],
-            parts.train.labels,
-            validation=(features[parts.val.rows], parts.val.labels),
-            settings=settings.probe,
-        )
-        for parts in folds
-    ]
+    fits = [_fit(name, features, parts, settings.probe) for parts in folds]
     said = [
         fitted.scores(features[parts.test.rows]) for fitted, parts in zip(fits, folds, strict=True)
     ]
     return Probed(ranked(folds, said), joined(folds, said), fits)
+
+
+def _fit(name: str, features: np.ndarray, parts: Parts, settings: Probe) -> Fitted:
+    solve = solver_of(name, settings)
+    train, val = ((features[part.rows], part.labels) for part in (parts.train, parts.val))
+    if parts.turns:
+        return best_in_turns(parts.turns, solve, train)
+    return best_on(val, solve, train)
 
 
 def ranked(folds: Sequence[Parts], scores: Sequence[np.ndarray]) -> np.ndarray:

@@ -38,6 +38,8 @@ class Parts:
     Attributes:
         classes: Those with both labels in each split.
         left_out: The others, and why.
+        turns: Where the probe is tuned on the images that it learns on: which of them are left out
+            and judged by, in each turn, bool [n].
     """
 
     train: Part
@@ -45,6 +47,7 @@ class Parts:
     test: Part
     classes: list[str]
     left_out: dict[str, str]
+    turns: tuple[np.ndarray, ...] = ()
 
 
 def splits_of(settings: EvaluateConfig) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from mlvicx_dist.config import PIXELS, Probe
-from mlvicx_dist.evaluate.probe import Fitted, Weights, best_on, fit_probe, standardised
+from mlvicx_dist.evaluate.probe import Data, Fitted, Solve, Weights, best_on, logistic
 
 SIDE_PX = 24
 PENALTIES = tuple(10.0**k for k in range(3, -4, -1))
@@ -29,33 +29,23 @@ def fit_for(
     features: np.ndarray,
     labels: np.ndarray,
     *,
-    validation: tuple[np.ndarray, np.ndarray],
+    validation: Data,
     settings: Probe,
 ) -> Fitted:
     """The probe of an encoder, or ridge regression for `pixels`; see `fit_probe`."""
-    if name == PIXELS:
-        return fit_ridge(features, labels, validation=validation)
-    return fit_probe(features, labels, validation=validation, settings=settings)
+    return best_on(validation, solver_of(name, settings), (features, labels))
 
 
-def fit_ridge(
-    features: np.ndarray, labels: np.ndarray, *, validation: tuple[np.ndarray, np.ndarray]
-) -> Fitted:
-    """Ridge regression, its penalty chosen by mean AUROC on the validation images.
+def solver_of(name: str, settings: Probe) -> Solve:
+    """The regression of an encoder's probe, or ridge regression for `pixels`."""
+    return ridge if name == PIXELS else logistic(settings)
+
+
+def ridge(x: torch.Tensor, labels: torch.Tensor) -> Iterator[Weights]:
+    """Ridge regression.
 
     Minimises |y - x w - b|^2 / (2 n) + l2 / 2 |w|^2 for each class over its n known labels.
-
-    Args:
-        features: Of the training images, [n, F]; standardised inside.
-        labels: Their labels, [n, K], 0, 1 or NaN (masked).
-        validation: Features and labels of other patients.
     """
-    x, scale = standardised(features)
-    return best_on(validation, scale, _solutions(x, torch.from_numpy(labels).double()))
-
-
-def _solutions(x: torch.Tensor, labels: torch.Tensor) -> Iterator[Weights]:
-    """The weights and the bias of every penalty."""
     known = ~labels.isnan()
     # Classes that know the same images share one matrix.
     masks, group = torch.unique(known, dim=1, return_inverse=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,12 +31,16 @@ class Fitted:
         return (x @ self.weight + self.bias).numpy()
 
 
+Data = tuple[np.ndarray, np.ndarray]
+"""Embeddings [n, F] and labels [n, K], 0, 1 or NaN (masked)."""
+Weights = tuple[float, torch.Tensor, torch.Tensor]
+"""A penalty, and the weights [F, K] and biases [K] that it leads to."""
+Solve = Callable[[torch.Tensor, torch.Tensor], Iterator[Weights]]
+"""From standardised features [n, F] and labels [n, K] to the weights of each penalty, in order."""
+
+
 def fit_probe(
-    features: np.ndarray,
-    labels: np.ndarray,
-    *,
-    validation: tuple[np.ndarray, np.ndarray],
-    settings: Probe,
+    features: np.ndarray, labels: np.ndarray, *, validation: Data, settings: Probe
 ) -> Fitted:
     """Fit on the training images, and choose the penalty by mean AUROC on the validation images.
 
@@ -45,46 +50,77 @@ def fit_probe(
         validation: Embeddings and labels of other patients.
         settings: Penalties and the most iterations.
     """
-    x, scale = standardised(features)
-    y = torch.from_numpy(labels).double()
+    return best_on(validation, logistic(settings), (features, labels))
 
-    def solutions() -> Iterator[Weights]:
-        start = torch.zeros(x.shape[1] + 1, y.shape[1], dtype=torch.float64)
+
+def logistic(settings: Probe) -> Solve:
+    """Multi-label logistic regression."""
+
+    def solve(x: torch.Tensor, labels: torch.Tensor) -> Iterator[Weights]:
+        # Penalised weights lie in the span of the images: of few images they are few numbers.
+        basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else None
+        x = x if basis is None else x @ basis
+        start = torch.zeros(x.shape[1] + 1, labels.shape[1], dtype=torch.float64)
         # From the strongest penalty down: each start is near its end.
         for l2 in sorted(settings.l2, reverse=True):
-            start = _minimise(x, y, l2, start, settings.max_iterations)
-            yield l2, start[:-1], start[-1]
+            start = _minimise(x, labels, l2, start, settings.max_iterations)
+            yield l2, start[:-1] if basis is None else basis @ start[:-1], start[-1]
 
-    return best_on(validation, scale, solutions())
-
-
-Weights = tuple[float, torch.Tensor, torch.Tensor]
-"""A penalty, and the weights [F, K] and biases [K] that it leads to."""
-Scale = tuple[torch.Tensor, torch.Tensor]
-"""Mean and standard deviation of the training images' features, [F] each."""
+    return solve
 
 
-def standardised(features: np.ndarray) -> tuple[torch.Tensor, Scale]:
-    """Features with mean 0 and standard deviation 1, float64 [n, F], and what they had."""
+def best_on(validation: Data, solve: Solve, train: Data) -> Fitted:
+    """The penalty with the best mean AUROC on the validation images; of equals the first."""
+    best: Fitted | None = None
+    for fitted in _each(validation, solve, train):
+        if best is None or fitted.validation_auroc > best.validation_auroc:
+            best = fitted
+    assert best is not None
+    return best
+
+
+def best_in_turns(turns: Sequence[np.ndarray], solve: Solve, train: Data) -> Fitted:
+    """The penalty with the best mean AUROC over the turns, fitted on all training images.
+
+    Args:
+        turns: Which training images a turn is judged by, bool [n]; it learns from the others.
+        solve: The regression.
+        train: The training images.
+    """
+    x, y = train
+    found = np.array(
+        [
+            [one.validation_auroc for one in _each((x[t], y[t]), solve, (x[~t], y[~t]))]
+            for t in turns
+        ]
+    )
+    # A turn may hold no class with both labels.
+    areas = np.nanmean(found, 0)
+    best = int(np.argmax(areas))
+    return replace(
+        next(islice(_each(None, solve, train), best, None)), validation_auroc=float(areas[best])
+    )
+
+
+def _each(validation: Data | None, solve: Solve, train: Data) -> Iterator[Fitted]:
+    """The probe of every penalty."""
+    features, labels = train
+    x, scale = standardised(features)
+    for l2, weight, bias in solve(x, torch.from_numpy(labels).double()):
+        fitted = Fitted(*scale, weight, bias, l2, float("nan"))
+        if validation is not None:
+            area = mean_auroc(fitted.scores(validation[0]), validation[1])
+            fitted = replace(fitted, validation_auroc=area)
+        yield fitted
+
+
+def standardised(features: np.ndarray) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Features with mean 0 and standard deviation 1, float64 [n, F], and what they had, [F]."""
     x = torch.from_numpy(features).double()
     mean = x.mean(0)
     # One image has no deviation.
     std = (x.std(0) if len(x) > 1 else torch.ones_like(mean)).clamp_min(1e-9)
     return (x - mean) / std, (mean, std)
-
-
-def best_on(
-    validation: tuple[np.ndarray, np.ndarray], scale: Scale, solutions: Iterable[Weights]
-) -> Fitted:
-    """The solution with the best mean AUROC on the validation images; of equals the first."""
-    best: Fitted | None = None
-    for l2, weight, bias in solutions:
-        fitted = Fitted(*scale, weight, bias, l2, 0.0)
-        area = mean_auroc(fitted.scores(validation[0]), validation[1])
-        if best is None or area > best.validation_auroc:
-            best = replace(fitted, validation_auroc=area)
-    assert best is not None
-    return best
 
 
 def _minimise(

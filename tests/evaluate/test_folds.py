@@ -48,10 +48,14 @@ def test_every_image_is_judged_once_by_what_learned_from_other_patients(embeddin
     judged = np.sum([parts.test.rows for parts in folds], 0)
     assert (judged == 1).all()
     for parts in folds:
-        train, val, test = (set(p.patients) for p in (parts.train, parts.val, parts.test))
-        assert not (train & val or train & test or val & test)
-        assert len(train | val | test) == len(set(embeddings.patients()))
-        assert len(train) > 2 * len(val)
+        train, test = (set(p.patients) for p in (parts.train, parts.test))
+        assert not train & test
+        assert train | test == set(embeddings.patients())
+        # Each of the other folds is left out once, with all of its patients.
+        assert (np.sum(parts.turns, 0) == 1).all()
+        assert len(parts.turns) == 4
+        for turn in parts.turns:
+            assert not set(parts.train.patients[turn]) & set(parts.train.patients[~turn])
     # The same again: encoders are compared on the same folds.
     again = folds_of(embeddings, settings())
     assert all((a.test.rows == b.test.rows).all() for a, b in zip(folds, again, strict=True))
@@ -75,7 +79,7 @@ def test_what_is_judged_is_in_the_order_of_the_images(embeddings):
 
 
 def test_an_encoder_that_knows_nothing_is_at_chance():
-    """A fold with more positives has a probe that expects fewer: logits as they are rank below."""
+    """A fold with more positives has a probe that expects fewer: pooled logits rank below."""
     by_rank, by_logit = [], []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -94,13 +98,29 @@ def test_an_encoder_that_knows_nothing_is_at_chance():
     assert abs(np.mean(by_rank) - 0.5) < 0.04
 
 
+def test_the_judged_labels_choose_nothing(embeddings):
+    """Neither the penalty nor the weights of a fold's probe know the labels of that fold."""
+    some = settings(probe={"l2": [1e-4, 1.0, 100.0]})
+    features = embeddings.features[0]
+    before = probed("pretrained", features, folds_of(embeddings, some), some)
+    first = folds_of(embeddings, some)[0].test.rows
+    labels = embeddings.labels.copy()
+    labels[first, :2] = 1 - labels[first, :2]
+    other = replace(embeddings, labels=labels)
+    after = probed("pretrained", features, folds_of(other, some), some)
+    assert after.fits[0].l2 == before.fits[0].l2
+    assert np.array_equal(after.logits[first], before.logits[first])
+    # The probes of the other folds learned from them.
+    assert not np.array_equal(after.logits[~first], before.logits[~first])
+
+
 def test_an_evaluation_by_folds(embeddings):
     result = evaluate(embeddings, settings(subgroups=False))
     assert result["probe"]["pretrained"]["a"]["value"] > 0.85
     assert abs(result["probe"]["pretrained"]["b"]["value"] - 0.5) < 0.15
     assert result["knn"]["pretrained"]["a"]["value"] > 0.8
     assert result["splits"]["test"] == {"images": 200, "patients": 84}
-    assert result["splits"]["train"]["patients"] == 50
+    assert result["splits"]["train"]["patients"] == result["splits"]["val"]["patients"] == 67
     assert len(result["penalty"]["pretrained"]["l2"]) == 5
     result["overlap"] = {"unknown": "no run"}
     assert "on 200 images of 84 patients, in 5 folds;" in summary(result)[0]
@@ -125,8 +145,9 @@ def test_what_cannot_be_is_said(embeddings):
 
 
 def test_a_fold_that_has_nothing_to_tune_on_is_refused(embeddings):
-    labels = np.zeros((200, 1))
-    labels[np.flatnonzero(embeddings.labels[:, 0])[:6]] = 1
-    few = replace(embeddings, labels=labels, classes=("rare",))
-    with pytest.raises(DataError, match=r"^x: none of rare has both labels .* fold \d+ of 20 is"):
-        folds_of(few, settings(folds=20))
+    # Each patient has one label, and is a fold: none has both.
+    patients = embeddings.patients()
+    labels = np.array([[float(p.endswith("1"))] for p in patients])
+    alike = replace(embeddings, labels=labels, classes=("a",))
+    with pytest.raises(DataError, match=r"^x: none of a has both labels in any of .* fold 1 of 84"):
+        folds_of(alike, settings(folds=84))

@@ -8,7 +8,8 @@ from sklearn.linear_model import Ridge
 from mlvicx_dist.config import Probe
 from mlvicx_dist.evaluate import pixels
 from mlvicx_dist.evaluate.metrics import auroc
-from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for, fit_ridge
+from mlvicx_dist.evaluate.pixels import PIXELS, Pixels, fit_for, ridge
+from mlvicx_dist.evaluate.probe import best_on
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def data():
 def test_it_is_ridge_regression_with_missing_labels_masked(data, monkeypatch, l2):
     features, labels = data
     monkeypatch.setattr(pixels, "PENALTIES", (l2,))
-    fitted = fit_ridge(features, labels, validation=data)
+    fitted = best_on(data, ridge, data)
     x = features.astype(float)
     x = (x - x.mean(0)) / np.maximum(x.std(0, ddof=1), 1e-9)
     for k, rows in ((0, slice(None)), (1, slice(40, None)), (2, slice(None))):
@@ -36,11 +37,12 @@ def test_it_is_ridge_regression_with_missing_labels_masked(data, monkeypatch, l2
 def test_the_penalty_is_the_best_one_on_the_validation_images(data, monkeypatch):
     features, labels = data[0], data[1][:, ::2]
     validation = features[250:], labels[250:]
-    best = fit_ridge(features[:30], labels[:30], validation=validation)
+    train = features[:30], labels[:30]
+    best = best_on(validation, ridge, train)
     alone = []
     for l2 in pixels.PENALTIES:
         monkeypatch.setattr(pixels, "PENALTIES", (l2,))
-        alone.append(fit_ridge(features[:30], labels[:30], validation=validation).validation_auroc)
+        alone.append(best_on(validation, ridge, train).validation_auroc)
     assert best.validation_auroc == max(alone) > min(alone)
 
 
@@ -57,7 +59,7 @@ def test_other_names_get_the_probe(data):
     features, labels = data
     settings = Probe(l2=[0.1])
     probe = fit_for("pretrained", features, labels, validation=data, settings=settings)
-    ridge = fit_for(PIXELS, features, labels, validation=data, settings=settings)
+    floor = fit_for(PIXELS, features, labels, validation=data, settings=settings)
     assert probe.l2 == 0.1
-    assert not np.allclose(probe.scores(features), ridge.scores(features))
-    assert auroc(ridge.scores(features)[:, 0], labels[:, 0]) > 0.75
+    assert not np.allclose(probe.scores(features), floor.scores(features))
+    assert auroc(floor.scores(features)[:, 0], labels[:, 0]) > 0.75

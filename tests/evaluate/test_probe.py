@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mlvicx_dist.config import Knn, Probe
 from mlvicx_dist.evaluate.metrics import auroc
-from mlvicx_dist.evaluate.probe import fit_probe, knn_scores
+from mlvicx_dist.evaluate.probe import best_in_turns, fit_probe, knn_scores, logistic
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,23 @@ def test_the_probe_is_logistic_regression_with_missing_labels_masked(data):
         assert np.abs(fitted.scores(features)[:, k] - expected).max() < 2e-6
 
 
+def test_of_fewer_images_than_features_it_is_the_same(data):
+    features = np.random.default_rng(1).normal(size=(40, 64)).astype(np.float32)
+    labels = data[1][60:100]
+    fitted = fit_probe(
+        features,
+        labels,
+        validation=(features, labels),
+        settings=Probe(l2=[0.05], max_iterations=500),
+    )
+    x = features.astype(float)
+    x = (x - x.mean(0)) / x.std(0, ddof=1)
+    for k in range(2):
+        theirs = LogisticRegression(C=1 / (0.05 * len(x)), solver="newton-cholesky", tol=1e-10)
+        theirs.fit(x, labels[:, k])
+        assert np.abs(fitted.scores(features)[:, k] - theirs.decision_function(x)).max() < 2e-5
+
+
 def test_the_penalty_is_the_best_one_on_the_validation_images(data):
     features, labels = data
     settings = Probe(l2=[1e-4, 1e-2, 1.0])
@@ -43,6 +60,35 @@ def test_the_penalty_is_the_best_one_on_the_validation_images(data):
         for l2 in settings.l2
     ]
     assert best.validation_auroc == pytest.approx(max(alone), abs=1e-3)
+
+
+def test_in_turns_the_penalty_is_the_best_one_on_what_each_turn_left_out(data):
+    features, labels = data
+    settings = Probe(l2=[1e-4, 1e-2, 1.0, 10.0])
+    turns = [np.arange(300) % 3 == k for k in range(3)]
+    # The last turn holds one label of each class: nothing can be said by it.
+    labels = labels.copy()
+    labels[turns[2]] = 1.0
+    found = best_in_turns(turns, logistic(settings), (features, labels))
+    mean = {
+        l2: np.mean(
+            [
+                fit_probe(
+                    features[~t],
+                    labels[~t],
+                    validation=(features[t], labels[t]),
+                    settings=Probe(l2=[l2]),
+                ).validation_auroc
+                for t in turns[:2]
+            ]
+        )
+        for l2 in settings.l2
+    }
+    assert found.validation_auroc == pytest.approx(max(mean.values()), abs=1e-3)
+    assert mean[found.l2] == pytest.approx(max(mean.values()), abs=1e-3)
+    # What is judged learned from all of them.
+    whole = fit_probe(features, labels, validation=data, settings=Probe(l2=[found.l2]))
+    assert np.abs(found.scores(features) - whole.scores(features)).max() < 1e-4
 
 
 def test_neighbours_vote():
