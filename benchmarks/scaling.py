@@ -44,6 +44,8 @@ from mlvicx_dist.train.step import Member
 from mlvicx_dist.train.versions import bf16_in_software
 
 WARM_UP, STEPS, ROUNDS = 3, 3, 2
+SHORT_ROUNDS = 6
+"""Of the shorter runs under Ray and torchrun, which are to be told apart by a twentieth."""
 DEFAULT = Path(__file__).parents[1] / "configs" / "pretrain" / "default.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 EXCHANGED = "exchanged_mb"
@@ -179,11 +181,11 @@ def measure() -> list[Row]:
             rows.append(Row(name + "2 apart", rates["two"], rates["apart"], "images/s"))
         waited = max(statistics.median(bench.waits), 1e-4)
         rows.append(Row("data wait, 224 px, against the limit", waited, 0.05, "of a step", 1.0))
-        short = ("views.image_size_px=96", "train.precision=float32", "train.epochs=2")
+        short = ("views.image_size_px=96", "train.precision=float32")
         ways = {"Ray": by_ray, "torchrun": by_torchrun}
         rates = by_turns(
             {name: partial(bench.rate, way, 2, 32, *short) for name, way in ways.items()},
-            rounds=ROUNDS,
+            rounds=SHORT_ROUNDS,
             warm_up=False,
         )
         name = "2 workers, 96 px, batch 32, Ray against torchrun"
