@@ -157,7 +157,8 @@ class EvaluateConfig(Settings):
     data: EvaluateData
     folds: Annotated[int, Field(ge=3)] | None = None
     """How many folds the patients of all three splits are dealt into, for few labelled images: each
-    image is judged by a probe that learned from other folds. None: the splits count as they are."""
+    image is judged by a probe that learned from the other folds, its penalty chosen by leaving each
+    of them out in turn. None: the splits count as they are."""
     classes: list[str] | None = None
     """None: every class of the shards."""
     no_finding: bool = False

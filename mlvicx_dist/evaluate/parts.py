@@ -36,6 +36,7 @@ class Parts:
     """The images that the probe learns on, is tuned on and is judged on.
 
     Attributes:
+        val: Of folds the images of `train`.
         classes: Those with both labels in each split.
         left_out: The others, and why.
         turns: Where the probe is tuned on the images that it learns on: which of them are left out
