@@ -53,10 +53,20 @@ def test_the_files_that_a_page_links_to_exist(page):
 def test_each_guarantee_names_its_test(name):
     text = (DOCS / name).read_text()
     guaranteed = text.split("## What is guaranteed")[1].split("\n## ")[0]
+    notes = dict(re.findall(r"^\[\^(\w+)\]: (.+)", text, re.MULTILINE))
     items = re.split(r"\n- ", guaranteed)[1:]
     assert len(items) >= 5
     for item in items:
-        assert re.search(r"`(tests|benchmarks)/", item), item
+        said = [item, *(notes[name] for name in re.findall(r"\[\^(\w+)\]", item))]
+        assert any(re.search(r"`(tests|benchmarks)/", one) for one in said), item
+
+
+@each_page
+def test_each_footnote_is_there_and_referred_to(page):
+    text = page.read_text()
+    notes = re.findall(r"^\[\^(\w+)\]: ", text, re.MULTILINE)
+    assert len(set(notes)) == len(notes)
+    assert {*re.findall(r"\[\^(\w+)\](?!: )", text)} == {*notes}
 
 
 @pytest.mark.parametrize("path", generate.pages(), ids=lambda path: path.name)
