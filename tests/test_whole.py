@@ -71,7 +71,12 @@ def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path, l
             "--short-side-px",
             "128",
         ),
-        *("--patient-regex", "^(person[0-9]+)_", "--out", str(tmp_path / "kermany")),
+        *(
+            "--patient-regex",
+            "^(person[0-9]+|(?:NORMAL2-)?IM-[0-9]+)[_-]",
+            "--out",
+            str(tmp_path / "kermany"),
+        ),
         *("--near-duplicates", "drop"),
     )
     assert kermany.returncode == 0, kermany.stderr

@@ -55,12 +55,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Header:
-    """What a header tells of the patient and the view; `patient_id` is in clear."""
+    """What a header tells of the patient and the view; both ids are in clear."""
 
-    patient_id: str | None
-    view: str | None
-    sex: str | None
-    age: int | None
+    patient_id: str | None = None
+    study_id: str | None = None
+    view: str | None = None
+    sex: str | None = None
+    age: int | None = None
 
 
 ANYTHING = Rules((), (), lateral=True, for_processing=True, burned_in=True)
@@ -72,7 +73,8 @@ def describe(dataset: Any) -> Header:
     age = re.fullmatch(r"0*(\d{1,3})([DWMY]?)", text_of(dataset, "PatientAge"))
     per_year = {"D": 365, "W": 52, "M": 12}
     return Header(
-        patient_id=text_of(dataset, "PatientID") or text_of(dataset, "StudyInstanceUID") or None,
+        patient_id=text_of(dataset, "PatientID") or None,
+        study_id=text_of(dataset, "StudyInstanceUID") or None,
         view=text_of(dataset, "ViewPosition").upper() or None,
         sex=text_of(dataset, "PatientSex").upper()[:1] or None,
         age=int(age[1]) // per_year.get(age[2], 1) if age else None,

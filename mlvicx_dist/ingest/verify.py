@@ -170,12 +170,20 @@ def verify(
         problems=tuple(found),
         leaks=tuple(leaks),
         notes=tuple(
-            f"{other.folder}: packed with another salt, so only its images can be compared, not "
-            "its patients."
+            f"{other.folder}: packed {why}, so only its images can be compared, not its patients."
             for other in others
-            if other.salt_digest != manifest.salt_digest
+            if (why := _apart(manifest, other))
         ),
     )
+
+
+def _apart(one: Manifest, other: Manifest) -> str:
+    """Why the patients of two folders have no keys in common; empty if they may have."""
+    if one.salt_digest != other.salt_digest:
+        return "with another salt"
+    if one.sources.keys().isdisjoint(other.sources):
+        return f"under another --name ({', '.join(sorted(other.sources))})"
+    return ""
 
 
 def _torn(images: Sequence[Hashed], manifests: Sequence[Manifest], salt_digest: str) -> list[str]:

@@ -186,7 +186,9 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
     assert {"level1/variance_weighted", "level3/std", "encoder/rankme"} <= reported[-1].keys()
 
     assert main(["report", str(run_dir)]) == 0
-    assert "Not evaluated yet" in (run_dir / "report.html").read_text()
+    page = (run_dir / "report.html").read_text()
+    assert "Not evaluated yet" in page
+    assert f"configs/evaluate/cpu.yaml --set data.shards.0={phantom_shards}<" in page
     (tmp_path / "e.yaml").write_text(
         f"kind: evaluate\nname: phantoms\ndata: {{shards: [{phantom_shards}]}}\n"
         "bootstrap: {draws: 100}\n"

@@ -188,9 +188,9 @@ def test_a_frontal_chest_radiograph_is_taken(tmp_path, tags):
 @pytest.mark.filterwarnings("ignore:Invalid value for VR")
 def test_the_header_tells_patient_view_sex_and_age(tmp_path):
     tags = {"PatientID": "p 1", "ViewPosition": "ap", "PatientSex": "F", "PatientAge": "018M"}
-    assert read_header(write(tmp_path / "x.dcm", **tags)) == Header("p 1", "AP", "F", 1)
+    assert read_header(write(tmp_path / "x.dcm", **tags)) == Header("p 1", None, "AP", "F", 1)
     study = write(tmp_path / "y.dcm", PatientID="", StudyInstanceUID="1.2.3", PatientAge="old")
-    assert read_header(study) == Header("1.2.3", None, None, None)
+    assert read_header(study) == Header(None, "1.2.3")
     (tmp_path / "z.dcm").write_bytes(b"no DICOM")
     assert read_header(tmp_path / "z.dcm") is None
 

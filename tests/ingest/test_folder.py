@@ -4,8 +4,12 @@ import csv
 import io
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,6 +47,40 @@ def test_a_subfolder_is_a_class_and_a_pattern_finds_the_patient(folder):
     assert by_id["NORMAL/a.png"].patient_id == "NORMAL/a.png"
 
 
+def test_a_pattern_finds_the_patient_in_a_folder_too(folder):
+    records = list_folder(folder, name="x", patient_regex="^([A-Z]+)/").records
+    assert {r.image_id: r.patient_id for r in records} == {
+        "NORMAL/a.png": "NORMAL",
+        "NORMAL/person1_b.png": "NORMAL",
+        "SICK/person1_c.jpeg": "SICK",
+        "loose.png": "loose.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits", "words"),
+    [
+        (("train", "val", "test"), ("train", "val", "test"), "test, train, val."),
+        (("Training", "Test"), ("train_val", "test"), "test, train_val, the first"),
+    ],
+)
+def test_subfolders_that_are_all_splits_hold_the_classes(tmp_path, folders, splits, words):
+    for name in folders:
+        (tmp_path / name / "SICK").mkdir(parents=True)
+        (tmp_path / name / "SICK" / f"{name}.png").touch()
+    listing = list_folder(tmp_path, name="x")
+    assert sorted((r.split, r.labels["SICK"]) for r in listing.records) == sorted(
+        (split, 1) for split in splits
+    )
+    assert words in " ".join(listing.notes)
+    # One folder more, and they are classes as any other.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.png").touch()
+    records = list_folder(tmp_path, name="x").records
+    assert {*records[0].labels} == {*folders, "more"}
+    assert {r.split for r in records} == {None}
+
+
 def rows(folder, text, **options):
     (folder / "t.csv").write_text(text)
     return list_csv(folder, folder / "t.csv", name="x", columns=Columns(), **options).records
@@ -67,6 +105,12 @@ def test_a_table_gives_labels_patients_and_splits(folder):
         ("p2", "test", "M", 40),
         ("p3", None, None, None),
     ]
+
+
+def test_a_pattern_finds_the_patients_that_a_table_does_not_name(folder):
+    text = "path,patient\nNORMAL/a.png,p1\nNORMAL/person1_b.png,\n"
+    records = rows(folder, text, patient_regex="(person[0-9]+)_")
+    assert [r.patient_id for r in records] == ["p1", "person1"]
 
 
 def test_where_takes_some_rows(folder):
@@ -120,6 +164,49 @@ def test_what_is_not_known_or_not_taken_is_said(folder):
     assert "of 2 of 4 images the patient is not known" in notes
     assert "named in the shards: NORMAL, SICK" in notes
     assert "1 of 5 files are no images" in notes
+
+
+def test_a_table_without_labels_says_so(folder):
+    (folder / "t.csv").write_text("path,label\nNORMAL/a.png,Mass\n")
+    notes = list_csv(folder, folder / "t.csv", name="x", columns=Columns()).notes
+    assert any("no column 'labels', so no image has a label" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("patients", "words"),
+    [
+        ([""] * 3, "of 3 of 3 images the header names a study and no patient"),
+        (["ANONYMOUS"] * 3, "all 3 images are of one patient, so all come into one split"),
+    ],
+)
+def test_headers_that_do_not_tell_patients_apart_are_told(phantom_files, tmp_path, patients, words):
+    for number, patient in enumerate(patients):
+        dataset = pydicom.dcmread(next((phantom_files / "dicom").iterdir()))
+        dataset.PatientID, dataset.StudyInstanceUID = patient, f"1.{number}"
+        dataset.save_as(tmp_path / f"{number}.dcm")
+    listing = list_folder(tmp_path, name="x")
+    expected = patients if patients[0] else ["1.0", "1.1", "1.2"]
+    assert sorted(r.patient_id for r in listing.records) == expected
+    assert words in " ".join(listing.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--classes", "Mass"], "--classes: it is about a table"),
+        (["--where", "path=a*"], "--where: it is about a table"),
+        (["--labels-column", "label"], "--labels-column: it is about a table"),
+        (["--csv", "t.csv", "--no-classes"], "--no-classes: it is about subfolders"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(folder, tmp_path_factory, arguments, words):
+    script = Path(__file__).parents[2] / "sharding" / "shard_folder.py"
+    out = tmp_path_factory.mktemp("shards") / "out"
+    command = [sys.executable, script, "--source", folder, "--out", out, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_dicom_files_are_found_whatever_their_name(phantom_files, tmp_path):

@@ -146,6 +146,11 @@ def test_a_patient_in_two_splits_of_two_folders_is_found(images, salt, tmp_path)
     verdict = verify(tmp_path / "c", against=[tmp_path / "a"])
     assert verdict.problems == ()
     assert "another salt" in verdict.notes[0]
+    renamed = [replace(record, source="t") for record in again]
+    pack(renamed, tmp_path / "d", settings=PackSettings(), salt=salt)
+    verdict = verify(tmp_path / "d", against=[tmp_path / "a"])
+    assert not any("patients" in problem for problem in verdict.problems)
+    assert "packed under another --name (s)" in verdict.notes[0]
     next((tmp_path / "a").glob("*.tar")).unlink()
     with pytest.raises(DataError, match="the shard cannot be read"):
         verify(tmp_path / "b", against=[tmp_path / "a"])

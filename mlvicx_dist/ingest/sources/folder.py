@@ -11,9 +11,11 @@ from pathlib import Path
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.dicom import read_header
+from mlvicx_dist.ingest.dicom_header import Header
 from mlvicx_dist.ingest.record import Record
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.sources.tables import Listing, Table, age_years, read_table
+from mlvicx_dist.ingest.splits import TRAIN_VAL
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import in_parallel
 from mlvicx_dist.storage import Place, files_below, place
@@ -24,8 +26,13 @@ DICOM = {".dcm", ".dicom"}
 NO_FINDING = {"", "no finding", "normal", "none"}
 MOST_CLASSES = 40
 """More subfolders than this are patients or dates, not classes: their names stay out of shards."""
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""First subfolders that are splits where all of them are, as in train/NORMAL/a.png."""
 CHUNK = 512
-
 
 NAMELIKE = re.compile(r"\^|\d{4}")
 """What class names do not hold, but names and numbers of patients and dates do."""
@@ -64,13 +71,15 @@ def list_folder(
 ) -> Listing:
     """The images below a folder; the first subfolder on an image's path is its class.
 
-    A patient is what the pattern finds in a file's name, else what a DICOM header says, else the
-    file itself.
+    Where all first subfolders are called as splits are, they are the splits, and the second ones
+    the classes. A patient is what the pattern finds, else what a DICOM header says, its study where
+    it names no patient, else the file itself.
 
     Args:
         source: The folder or its URL; nothing in it is ever written.
         name: What the shards call this source.
-        patient_regex: A pattern whose group 1, or whole match, in the file's name is the patient.
+        patient_regex: A pattern whose group 1, or whole match, is the patient: in the file's name,
+            or where it is not found there in the path below the folder.
         classes: Whether subfolders are classes.
         workers: Ray tasks that read headers.
 
@@ -89,20 +98,26 @@ def list_folder(
             f"{source}: there are no images in it; files of {', '.join(sorted(IMAGES | DICOM))} "
             "and any with a DICOM preamble are taken."
         )
-    names = sorted({_top(path) for path in paths} - {""}) if classes else []
+    splits = _splits({_top(path) for path in paths})
+    below = {path: path.partition("/")[2] if splits else path for path in paths}
+    names = sorted({_top(path) for path in below.values()} - {""}) if classes else []
     _check_classes(source, names)
-    patients = {path: _patient(pattern, path) or headers.get(path) or "" for path in paths}
+    named = {path: _patient(pattern, path) for path in paths}
+    patients, notes = _patients(source, named, headers, "--patient-regex or a --csv")
     records = [
         Record(
             source=name,
             image_id=path,
             path=str(folder / path),
-            patient_id=patients[path] or path,
-            labels={c: int(_top(path) == c) if _top(path) else None for c in names},
+            patient_id=patients[path],
+            labels={c: int(_top(below[path]) == c) if _top(below[path]) else None for c in names},
+            split=splits.get(_top(path)),
         )
         for path in paths
     ]
-    notes = _unknown_patients(source, patients.values(), "--patient-regex or a --csv")
+    if splits:
+        cut = ", the first of which is cut by patient" if TRAIN_VAL in splits.values() else ""
+        notes.append(f"{source}: splits by subfolder: {', '.join(sorted(splits.values()))}{cut}.")
     if names:
         notes.append(f"{source}: classes by subfolder, named in the shards: {', '.join(names)}.")
     if len(paths) < len(found):
@@ -116,6 +131,7 @@ def list_csv(
     *,
     name: str,
     columns: Columns,
+    patient_regex: str | None = None,
     classes: Sequence[str] | None = None,
     unknown: str | None = None,
     where: Sequence[str] = (),
@@ -125,13 +141,14 @@ def list_csv(
 
     Labels are class names joined by '|'. An empty cell, 'No Finding' or 'Normal' says that every
     class is absent; a cell equal to `unknown` says that none is known. A patient is the cell of the
-    table, else what a DICOM header says, else the file itself.
+    table, else as in `list_folder`.
 
     Args:
         source: The folder, or its URL, that the paths are relative to.
         table: The CSV file.
         name: What the shards call this source.
         columns: Names of its columns.
+        patient_regex: As in `list_folder`.
         classes: The classes, in order; None: all that occur, sorted. Others are left out.
         unknown: The cell of an image without labels.
         where: Conditions `COLUMN=PATTERN`, all of which a row must meet; `*` stands for anything.
@@ -140,7 +157,7 @@ def list_csv(
     Raises:
         DataError: the CSV or a file it names is missing, or a cell or column is wrong.
     """
-    folder = place(source)
+    folder, pattern = place(source), _pattern(patient_regex)
     rows = read_table(place(table))
     column = columns.of(rows)
     rows.need(*(condition.partition("=")[0] for condition in where))
@@ -166,19 +183,12 @@ def list_csv(
         )
         for (line, cells), labels in zip(chosen, found, strict=True)
     ]
-    unnamed = [
-        r.image_id for r in records if not r.patient_id and _suffix(r.image_id) not in IMAGES
-    ]
-    headers = _headers(folder, unnamed, workers)
-    patients = [r.patient_id or headers.get(r.image_id) or "" for r in records]
-    notes += _unknown_patients(table, patients, "--patient-column")
-    return Listing(
-        [
-            replace(record, patient_id=patient or record.image_id)
-            for record, patient in zip(records, patients, strict=True)
-        ],
-        notes,
+    named = {r.image_id: r.patient_id or _patient(pattern, r.image_id) for r in records}
+    unnamed = [path for path, who in named.items() if not who and _suffix(path) not in IMAGES]
+    patients, told = _patients(
+        table, named, _headers(folder, unnamed, workers), "--patient-column or --patient-regex"
     )
+    return Listing([replace(r, patient_id=patients[r.image_id]) for r in records], notes + told)
 
 
 def _suffix(path: str) -> str:
@@ -197,35 +207,67 @@ def _pattern(text: str | None) -> re.Pattern[str] | None:
         raise DataError(f"--patient-regex {text}: {error}; correct the pattern.") from None
 
 
+def _splits(folders: set[str]) -> dict[str, str]:
+    """The split that each first subfolder is; none, unless all of them are splits."""
+    if not all(folder.lower() in SPLIT_FOLDERS for folder in folders):
+        return {}
+    splits = {folder: SPLIT_FOLDERS[folder.lower()] for folder in folders}
+    if "val" in splits.values():
+        return splits
+    return {folder: TRAIN_VAL if split == "train" else split for folder, split in splits.items()}
+
+
 def _patient(pattern: re.Pattern[str] | None, path: str) -> str | None:
-    match = pattern.search(posixpath.basename(path)) if pattern else None
-    if match is None:
+    match = pattern and (pattern.search(posixpath.basename(path)) or pattern.search(path))
+    if not match:
         return None
     return match.group(1) if match.groups() else match.group()
 
 
-def _headers(folder: Place, paths: Sequence[str], workers: int | None) -> dict[str, str | None]:
-    """The patient of each DICOM file: empty where its header names none, None of another file."""
+def _patients(
+    where: str | Path,
+    named: Mapping[str, str | None],
+    headers: Mapping[str, Header | None],
+    remedy: str,
+) -> tuple[dict[str, str], list[str]]:
+    """The patient of each image by its path, and notes of what is not known of them."""
+    found, studies, unknown = {}, 0, 0
+    for path, who in named.items():
+        header = headers.get(path) or Header()
+        found[path] = who or header.patient_id or header.study_id or path
+        studies += not who and not header.patient_id and bool(header.study_id)
+        unknown += found[path] == path
+    notes = []
+    if studies:
+        notes.append(
+            f"{where}: of {studies:,} of {len(named):,} images the header names a study and no "
+            "patient, so each study is split as a patient of its own; name the patients with "
+            f"{remedy}."
+        )
+    if unknown:
+        notes.append(
+            f"{where}: of {unknown:,} of {len(named):,} images the patient is not known, so each "
+            f"is split as a patient of its own; name the patients with {remedy}."
+        )
+    if len(named) > 1 and len(set(found.values())) == 1:
+        notes.append(
+            f"{where}: all {len(named):,} images are of one patient, so all come into one split; "
+            f"if they are not, name the patients with {remedy}."
+        )
+    return found, notes
+
+
+def _headers(folder: Place, paths: Sequence[str], workers: int | None) -> dict[str, Header | None]:
+    """What the header of each DICOM file tells; None of another file."""
     if not paths:
         return {}
     chunks = [(str(folder), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
-    found: dict[str, str | None] = {}
+    found: dict[str, Header | None] = {}
     with progress("reading headers", len(paths), "files") as bar:
         for _, part in in_parallel(_read_headers, chunks, workers=workers):
             found.update(part)
             bar.advance(len(part))
     return found
-
-
-def _unknown_patients(where: str | Path, patients: Iterable[str], remedy: str) -> list[str]:
-    """A note of the images whose patient is not known."""
-    known = [bool(patient) for patient in patients]
-    if all(known):
-        return []
-    return [
-        f"{where}: of {known.count(False):,} of {len(known):,} images the patient is not known, so "
-        f"each is split as a patient of its own; name the patients with {remedy}."
-    ]
 
 
 def _check_classes(source: str | Path, names: Sequence[str]) -> None:
@@ -248,7 +290,8 @@ def _check_labels(
         DataError: classes are asked for and there is no column of labels, or one is misspelt.
     """
     if classes is None:
-        return []
+        told = f"{table.path}: it has no column 'labels', so no image has a label; name the column "
+        return [] if column else [told + "of the labels with --labels-column."]
     if not column:
         table.need("labels")
     notes = []
@@ -268,14 +311,14 @@ def _letters(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def _read_headers(chunk: tuple[str, Sequence[str]]) -> dict[str, str | None]:
-    folder, found = place(chunk[0]), {}
+def _read_headers(chunk: tuple[str, Sequence[str]]) -> dict[str, Header | None]:
+    folder = place(chunk[0])
+    found: dict[str, Header | None] = {}
     for path in chunk[1]:
         try:
-            header = read_header(folder / path)
-            found[path] = None if header is None else header.patient_id or ""
+            found[path] = read_header(folder / path)
         except (Refused, OSError):
-            found[path] = ""  # packing says what is wrong with it
+            found[path] = Header()  # packing says what is wrong with it
     return found
 
 
