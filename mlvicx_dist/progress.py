@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PLAIN_EVERY_S = 5.0
+UNHEARD = (OSError, ValueError)
+"""What a stderr raises that is full, gone or closed: no work ends because nobody reads of it."""
 
 
 class Progress:
@@ -74,13 +76,16 @@ class _Bar(Progress):
         self._rich.start()
 
     def _show(self, note: str) -> None:
-        self._rich.update(self._task, completed=self.done, description=self.line(note))
+        with suppress(*UNHEARD):
+            self._rich.update(self._task, completed=self.done, description=self.line(note))
 
     def say(self, line: str) -> None:
-        self._rich.console.print(plain(line), markup=False)
+        with suppress(*UNHEARD):
+            self._rich.console.print(plain(line), markup=False)
 
     def stop(self) -> None:
-        self._rich.stop()
+        with suppress(*UNHEARD):
+            self._rich.stop()
 
 
 @contextmanager
@@ -100,7 +105,8 @@ def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
 
 def say(line: str) -> None:
     """A line on stderr, at once."""
-    print(plain(line), file=sys.stderr, flush=True)
+    with suppress(*UNHEARD):
+        print(plain(line), file=sys.stderr, flush=True)
 
 
 def plain(text: str) -> str:

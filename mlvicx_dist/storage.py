@@ -144,6 +144,26 @@ def make_folder(folder: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def listed(folder: Place) -> list[Place]:
+    """What lies in a folder; nothing where there is no such folder.
+
+    Some stores' `is_dir` takes a store that does not answer for a folder that is not there.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        if is_local(folder):
+            return list(folder.iterdir())
+        with reaching(folder):
+            names = folder.fs.ls(folder.path, detail=False)
+    except FileNotFoundError:
+        return []
+    own = folder.path.rstrip("/")
+    ends = [name.rstrip("/").rpartition("/")[2] for name in names if name.rstrip("/") != own]
+    return [folder / end for end in ends]
+
+
 def temporary(kind: str, below: str = "", *, root: str | None = None) -> Path:
     """This user's folder of a kind in the temporary folder, or one below it; for copies and such.
 

@@ -12,7 +12,16 @@ import s3fs
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.storage import becoming, files_below, place, read_bytes, temporary, write_whole
+from mlvicx_dist.storage import (
+    becoming,
+    files_below,
+    listed,
+    make_folder,
+    place,
+    read_bytes,
+    temporary,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "s4://x/y", "ftp://x/y", "hdfs://x"])
@@ -50,6 +59,15 @@ def test_files_of_a_folder_and_of_a_bucket_are_listed_alike(tmp_path, s3):
         read_bytes(place(f"{s3}/deep/gone"))
     with pytest.raises(DataError, match="no such folder"):
         files_below(place(f"{s3}/shallow"))
+
+
+def test_what_lies_in_a_folder_is_listed_alike(tmp_path, s3):
+    for folder in (tmp_path / "deep", place(f"{s3}/deep")):
+        assert listed(folder) == []
+        make_folder(folder)
+        write_whole(folder / "a.txt", b"a")
+        assert listed(folder) == [folder / "a.txt"]
+        assert read_bytes(listed(folder)[0]) == b"a"
 
 
 def test_http_is_read(tmp_path):

@@ -22,7 +22,7 @@ from mlvicx_dist.progress import say
 from mlvicx_dist.storage import Place, read_bytes, write_whole
 from mlvicx_dist.train.launch import writing
 from mlvicx_dist.train.left import left_settings
-from mlvicx_dist.train.runlog import read_rows, trained_s
+from mlvicx_dist.train.runlog import read_rows
 
 SETTINGS, RESULT, TABLE = "compare.yaml", "comparison.json", "comparison.md"
 DIVERGED = "diverged.json"
@@ -149,7 +149,7 @@ def _about(
                 runs[str(seed)] = {
                     "steps": step,
                     "images": step * config.pretrain.train.batch_size,
-                    "trained_s": round(trained_s(rows), 1),
+                    "trained_s": round(rows[-1]["time_s"], 1),
                 }
     return {
         "changes": method.changes,

@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
@@ -77,8 +78,12 @@ class Manifest:
     """SHA-256 of the manifest's bytes: what a run remembers of its data."""
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, *, patience_s: float | None = None) -> Manifest:
     """The manifest of a shard folder.
+
+    Args:
+        folder: The folder or its URL.
+        patience_s: How long a store that fails is asked again; None: three times in all.
 
     Raises:
         DataError: the folder is missing, not packed to the end, damaged or from a newer version.
@@ -86,24 +91,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     there = place(folder)
     path = there / MANIFEST
     try:
-        with reaching(path):
-            is_packed, is_folder = path.exists(), there.is_dir()
+        data = read_bytes(path, patience_s=patience_s)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_absent(there)) from None
     except OSError as error:
         raise DataError(
             f"{folder}: it cannot be reached ({told(error)}); check the address and "
             "your access to it."
         ) from None
-    if not is_packed:
-        if not is_folder:
-            raise DataError(
-                f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
-            )
-        raise DataError(
-            f"{folder}: there is no {MANIFEST} in it; if its packing was stopped, run the same "
-            "sharding command again to finish it."
-        )
     try:
-        data = read_bytes(path)
         tree = json.loads(data)
         if tree["format"] > FORMAT:
             raise DataError(
@@ -122,10 +118,21 @@ def read_manifest(folder: str | Path) -> Manifest:
             version=tree["version"],
             digest=hashlib.sha256(data).hexdigest(),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: the manifest is damaged ({type(error).__name__}); pack the folder again."
         ) from None
+
+
+def _absent(folder: Place) -> str:
+    """The sentence for a folder without a manifest."""
+    with suppress(OSError), reaching(folder):
+        if folder.is_dir():
+            return (
+                f"{folder}: there is no {MANIFEST} in it; if its packing was stopped, run the same "
+                "sharding command again to finish it."
+            )
+    return f"{folder}: there is no such folder of shards; pack one with a script of sharding/."
 
 
 def _check(tree: dict[str, Any], path: Place) -> None:

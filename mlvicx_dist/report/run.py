@@ -17,7 +17,7 @@ from mlvicx_dist.report.contact import contacts, for_page
 from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.train.left import left_json, left_settings
-from mlvicx_dist.train.runlog import read_rows, trained_s
+from mlvicx_dist.train.runlog import read_rows
 
 CONTACT_IMAGES = 6
 WITHOUT = "remove it: the page does without"
@@ -88,7 +88,7 @@ def _state(run_dir: Place, rows: list[dict[str, float]]) -> dict[str, Any]:
         "epochs": last.get("epoch", 0.0),
         "images_per_s": _median([row["images_per_s"] for row in rows]),
         "data_wait": _median([row["data_wait"] for row in rows]),
-        "time": duration(trained_s(rows)),
+        "time": duration(last.get("time_s", 0.0)),
     }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from mlvicx_dist.stream import keyed
 
 IN_MEMORY_BYTES = 64 * 2**20
 """A larger order is kept in one file a node and memory-mapped."""
+KEPT_S = 7 * 86400.0
+"""How long an order that nobody asks for is kept: that of a run that ended."""
 
 
 def epoch_order(
@@ -107,20 +111,34 @@ def epoch_lanes(
     """The rows `lanes` of `epoch_order`, int64 [lanes, steps].
 
     An order beyond `IN_MEMORY_BYTES` is computed once a node, kept in `folder` and memory-mapped
-    by everyone else there; the file of the epoch before the last is removed.
+    by everyone else there; the file of the epoch before the last is removed, and what nobody has
+    asked for in `KEPT_S`. Where nothing can be kept each process computes it.
     """
     steps = steps_per_epoch(shard_sizes, batch, weights)
     if 8 * batch * steps <= IN_MEMORY_BYTES:
         return epoch_order(shard_sizes, batch, seed, epoch, weights)[lanes].copy()
     name = hashlib.sha256(repr((list(shard_sizes), batch, seed, weights)).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"order-{name}-{epoch}.npy"
-    with FileLock(folder / f"order-{name}.lock"):
-        if not path.exists():
-            with becoming(path) as partial, partial.open("wb") as file:
-                np.save(file, epoch_order(shard_sizes, batch, seed, epoch, weights))
-            (folder / f"order-{name}-{epoch - 2}.npy").unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")[lanes]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"order-{name}.lock"):
+            if not path.exists():
+                _remove_old(folder)
+                with becoming(path) as partial, partial.open("wb") as file:
+                    np.save(file, epoch_order(shard_sizes, batch, seed, epoch, weights))
+                (folder / f"order-{name}-{epoch - 2}.npy").unlink(missing_ok=True)
+            path.touch()
+            # Who has it open keeps it when it is removed.
+            return np.load(path, mmap_mode="r")[lanes]
+    except OSError:
+        return epoch_order(shard_sizes, batch, seed, epoch, weights)[lanes].copy()
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.glob("order-*.npy"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def _shares(shard_sizes: Sequence[int], weights: Sequence[float] | None) -> np.ndarray:

@@ -55,6 +55,7 @@ class ShardSet:
         splits: Sequence[str],
         weights: Sequence[float] | None = None,
         cache: Cache | None = None,
+        patience_s: float | None = None,
     ) -> ShardSet:
         """Read the manifests of `folders`.
 
@@ -63,12 +64,13 @@ class ShardSet:
             splits: Whose shards are taken.
             weights: One a folder; None: all the same.
             cache: Where the shards of URLs are kept; None: the default place and size.
+            patience_s: How long a store that fails is asked for a manifest; None: three times.
 
         Raises:
             DataError: a folder holds no whole set of shards, or none of the splits, or no folder
                 has one of them.
         """
-        manifests = tuple(read_manifest(folder) for folder in folders)
+        manifests = tuple(read_manifest(f, patience_s=patience_s) for f in folders)
         named = sorted({name for manifest in manifests for name in manifest.splits})
         # Of one split alone each folder that lacks it is named below.
         for split in splits:
@@ -204,7 +206,9 @@ class _Descriptor:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        os.close(self.number)
+        # There is none where the file could not be opened.
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

@@ -29,13 +29,19 @@ class Agreement:
             else None
         )
 
-    def heard(self, notices: Notices) -> Notice:
-        """Give this step's word and hear the last one; REGROUP and STOP mean to leave now."""
+    def heard(self, notices: Notices, *, stay: bool = False) -> Notice:
+        """Give this step's word and hear the last one; REGROUP and STOP mean to leave now.
+
+        With `stay` rank 0 does not pass on that the group may grow: it could not save.
+        """
+        own = notices.word() if self.rank == 0 or self.world_size == 1 else Notice.NONE
+        if stay and own is Notice.REGROUP:
+            own = Notice.NONE
         if self.world_size == 1:
-            word = notices.word()
+            word = own
         else:
             word = self._last_word()
-            self._said = torch.tensor([int(notices.word()) if self.rank == 0 else 0])
+            self._said = torch.tensor([int(own)])
             self._underway = dist.broadcast(self._said, 0, group=self._group, async_op=True)
         if word is Notice.LOOK:
             return Notice.REGROUP if notices.leaving() else Notice.NONE

@@ -27,6 +27,7 @@ from mlvicx_dist.storage import (
     becoming,
     insist,
     is_local,
+    listed,
     make_folder,
     reaching,
     read_bytes,
@@ -206,9 +207,7 @@ def remove_checkpoints(run_dir: Place) -> None:
     folder = run_dir / "checkpoints"
     try:
         with reaching(folder):
-            if not folder.is_dir():
-                return
-            for path in list(folder.iterdir()):
+            for path in listed(folder):
                 path.unlink()
             if is_local(folder):
                 folder.rmdir()
@@ -291,6 +290,5 @@ def digest(path: Path) -> str:
 
 def _seals(folder: Place) -> list[Place]:
     """The seals of a folder's checkpoints, the newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    seals = [path for path in found if fnmatch(path.name, "step-*.json")]
+    seals = [path for path in listed(folder) if fnmatch(path.name, "step-*.json")]
     return sorted(seals, key=lambda path: str(path.name), reverse=True)

@@ -94,8 +94,8 @@ def drive(
                     while fit.is_alive() and (shown.world_size or time.monotonic() < until_s):
                         fit.join(POLL_S)
                         if asked and not told:
-                            bar.say("stopping after a checkpoint; Ctrl-C again stops at once")
                             held.tell.remote(int(Notice.STOP))
+                            bar.say("stopping after a checkpoint; Ctrl-C again stops at once")
                             told, until_s = True, time.monotonic() + IDLE_S
                         elif not told and growth.wanted(shown.world_size):
                             held.tell.remote(int(Notice.REGROUP))

@@ -19,12 +19,18 @@ NOT_MATHEMATICS = {
 """Settings that leave every number of a run as it is."""
 
 
-def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
+def fingerprint(
+    config: PretrainConfig, manifests: list[str], known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The settings that change the mathematics, and the digests of what is read.
 
     Args:
         config: The settings.
         manifests: The digest of each shard folder's manifest.
+        known: The fingerprint of the run that is there: it needs no more what it began with.
+
+    Raises:
+        CheckpointError: the weights to begin with are not there.
     """
     tree = to_tree(config)
     for section, keys in NOT_MATHEMATICS.items():
@@ -36,7 +42,13 @@ def fingerprint(config: PretrainConfig, manifests: list[str]) -> dict[str, Any]:
         for manifest, folder in zip(manifests, config.data.shards, strict=True)
     ]
     if config.train.init_from:
-        tree["train"]["init_from"] = weights_digest(config.train.init_from)
+        try:
+            tree["train"]["init_from"] = weights_digest(config.train.init_from)
+        except CheckpointError:
+            began_with = (known or {}).get("train", {}).get("init_from")
+            if not began_with:
+                raise
+            tree["train"]["init_from"] = began_with
     return {key: tree[key] for key in ("method", "data", "views", "model", "loss", "train")}
 
 

@@ -23,7 +23,7 @@ from mlvicx_dist.train.shown import Row, Silence
 POLL_S = 0.2
 PREEMPTION_POLL_S = 2
 HEALTH_CHECK_S = 1
-GOODBYE_S = 5
+STUCK_WORKER_S = 5
 ELASTIC_START_S = 12.0
 ASKED = "workers.num x workers.cpus_per_worker"
 REMEDY = "lower workers.num or workers.cpus_per_worker"
@@ -65,8 +65,9 @@ def cluster(workers: Workers) -> Iterator[None]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": workers.collective_timeout_s,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_S,
-        # What a worker that stands still is given before it is killed.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": GOODBYE_S,
+        # What a worker that stands still is given before it is killed. Ray hands it to a private
+        # cluster's processes; on another cluster it is Ray's own 30 s.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": STUCK_WORKER_S,
     }.items():
         os.environ[name] = str(value)
     with ray_session(least(workers), asked=ASKED, remedy=REMEDY, deaf=True):

@@ -29,7 +29,12 @@ from mlvicx_dist.storage import (
 )
 from mlvicx_dist.stream.order import steps_per_epoch
 from mlvicx_dist.train.drive import MakeJudge, drive
-from mlvicx_dist.train.fingerprint import accept_fingerprint, check_fingerprint, fingerprint
+from mlvicx_dist.train.fingerprint import (
+    accept_fingerprint,
+    check_fingerprint,
+    fingerprint,
+    read_fingerprint,
+)
 from mlvicx_dist.train.owner import only_driver, take_over
 from mlvicx_dist.train.shown import Row
 from mlvicx_dist.train.track import check_trackers
@@ -96,7 +101,7 @@ def pretrain(
             make_folder(run_dir)
             stack.enter_context(only_driver(run_dir))
         with writing(run_dir):
-            wanted = fingerprint(config, shards.digests())
+            wanted = fingerprint(config, shards.digests(), read_fingerprint(run_dir))
             changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
             state = _state(run_dir)
             if state.get("state") == "finished" and state.get("steps") == total and not changes:

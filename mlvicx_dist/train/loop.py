@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mlvicx_dist.config import PretrainConfig
-from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.errors import CheckpointError, ConfigError
 from mlvicx_dist.model.encoder import load_strictly
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
@@ -26,7 +27,7 @@ from mlvicx_dist.train.checkpoint import local_copy, newest_checkpoint, read_che
 from mlvicx_dist.train.metrics import Clock, Meter
 from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
-from mlvicx_dist.train.runlog import RunLog, SampleLog
+from mlvicx_dist.train.runlog import RunLog, SampleLog, trained_s
 from mlvicx_dist.train.saver import Saver
 from mlvicx_dist.train.source import data_of, open_shards, steps_of, stream_of
 from mlvicx_dist.train.step import (
@@ -34,6 +35,7 @@ from mlvicx_dist.train.step import (
     TwoViews,
     make_model,
     prepare_process,
+    random_model,
     train_step,
     wrap,
 )
@@ -80,24 +82,33 @@ def train(
         The number of steps done; less than all of them where it was asked to stop.
 
     Raises:
-        UserError: a shard cannot be read, or the loss is not finite.
+        UserError: a shard cannot be read, the loss is not finite, or the run is beyond its end.
         Regroup: a group of another size is to go on.
     """
     prepare_process(config)
     said: list[str] = []
     _check_precision(config, member, said.append)
-    shards = open_shards(config)
+    shards = open_shards(config, patience_s=PATIENCE_S)
     steps = steps_of(config, shards, member)
     total = config.train.total_steps(steps.steps_per_epoch)
     agreement = Agreement(
         member.rank, member.world_size, timeout_s=config.workers.collective_timeout_s
     )
-    model = make_model(config, member)
+    newest = _newest(run_dir, member, said.append)
+    model = make_model(config if newest is None else _without_source(config), member)
     optimizer = make_optimizer(model, config.train)
-    start = done = _resume(run_dir, model, optimizer, config, member, said.append)
+    resumed = (
+        Resumed() if newest is None else _resume(newest, model, optimizer, config, said.append)
+    )
+    start = done = resumed.step
+    if start > total:
+        raise ConfigError(
+            f"{run_dir}: its newest checkpoint is at step {start}, but these settings end at step "
+            f"{total}; raise train.epochs or train.steps, or give this one another run.name."
+        )
     wrapped = wrap(TwoViews(model), member, config.train)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
-    clock = Clock()
+    clock = Clock(trained_s(run_dir, start, patience_s=PATIENCE_S) if member.rank == 0 else 0.0)
     begin = {"step": start, "steps": total, "world_size": member.world_size}
     report({**begin, "nodes": _nodes(member), "said": take(said)})
     heard, saved = Notice.NONE, True
@@ -106,7 +117,9 @@ def train(
         run_log = saver = track = None
         if member.rank == 0:
             run_log = stack.enter_context(RunLog(run_dir, step=start, patience_s=PATIENCE_S))
-            track = stack.enter_context(tracking(config, run_dir, total=total, say=said.append))
+            track = stack.enter_context(
+                tracking(config, run_dir, start=start, total=total, say=said.append)
+            )
             saver = stack.enter_context(
                 Saver(
                     config,
@@ -114,6 +127,7 @@ def train(
                     model,
                     optimizer,
                     data_of(config, shards),
+                    since_export=resumed.since_export,
                     say=said.append,
                     before=partial(_publish, fence, run_log),
                 )
@@ -149,7 +163,7 @@ def train(
                 if saver.due(done):
                     meter.settle()
                     saver.save(done)
-            heard = agreement.heard(notices)
+            heard = agreement.heard(notices, stay=saver is not None and saver.failing)
             if heard in (Notice.REGROUP, Notice.STOP):
                 break
         if saver and done > start:
@@ -158,7 +172,7 @@ def train(
                 saver.finish(done, final=done == total)
             except CheckpointError:
                 # A group that is to leave does so: the next one goes on from the checkpoint before.
-                if heard is not Notice.REGROUP:
+                if heard is not Notice.REGROUP or done == total:
                     raise
                 saved = False
         agreement.together()
@@ -186,24 +200,44 @@ def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str]
         say("one worker exchanges no gradients: train.gradients has no effect.")
 
 
-def _resume(
-    run_dir: Place,
-    model: MLVICX,
-    optimizer: torch.optim.Optimizer,
-    config: PretrainConfig,
-    member: Member,
-    say: Callable[[str], None],
-) -> int:
-    """Load the newest whole checkpoint, the same one on every rank; its step, or 0."""
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from, beside weights and optimizer.
+
+    Attributes:
+        step: Steps done.
+        since_export: Checkpoints since the last one with an export.
+    """
+
+    step: int = 0
+    since_export: int = 0
+
+
+def _newest(run_dir: Place, member: Member, say: Callable[[str], None]) -> Place | None:
+    """The newest whole checkpoint, the same one on every rank; None: the run begins."""
     found: list[str | None] = [None]
     if member.rank == 0:
         newest = newest_checkpoint(run_dir, say, patience_s=PATIENCE_S)
         found = [str(newest) if newest else None]
     if member.world_size > 1:
         dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return 0
-    path = place(found[0])
+    return None if found[0] is None else place(found[0])
+
+
+def _without_source(config: PretrainConfig) -> PretrainConfig:
+    """The settings of a model whose weights a checkpoint has: their source may be out of reach."""
+    train = config.train.model_copy(update={"init_from": None})
+    return config.model_copy(update={"model": random_model(config), "train": train})
+
+
+def _resume(
+    path: Place,
+    model: MLVICX,
+    optimizer: torch.optim.Optimizer,
+    config: PretrainConfig,
+    say: Callable[[str], None],
+) -> Resumed:
+    """Load a whole checkpoint."""
     # Rank 0 has looked at the digest; a copy of a remote one is looked at once a node.
     state = read_checkpoint(
         Path(path) if is_local(path) else local_copy(path, patience_s=PATIENCE_S)
@@ -217,7 +251,7 @@ def _resume(
             group.update(own)
     else:
         say(f"{path}: its optimizer was another one, so that {config.train.optimizer} starts anew.")
-    return int(state["step"])
+    return Resumed(int(state["step"]), int(state.get("since_export", 0)))
 
 
 def _write_row(

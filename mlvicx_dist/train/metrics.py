@@ -106,11 +106,11 @@ class Meter:
 
 
 class Clock:
-    """Where the time of a step goes."""
+    """Where the time of a step goes; it begins `before_s` seconds ago, those of earlier starts."""
 
-    def __init__(self) -> None:
-        self._start_s = time.monotonic()
-        self._row_s, self._wait_s, self._row_step = self._start_s, 0.0, -1
+    def __init__(self, before_s: float = 0.0) -> None:
+        self._row_s, self._wait_s, self._row_step = time.monotonic(), 0.0, -1
+        self._start_s = self._row_s - before_s
 
     def waiting(self, stream: Any) -> Any:
         """The stream's batches, with the time spent waiting for them counted."""
@@ -135,7 +135,7 @@ class Clock:
         self._row_s += time.monotonic() - began_s
 
     def row(self, done: int, batch_size: int) -> dict[str, float]:
-        """Images a second and the share of the time that waited for data, since the last row."""
+        """Images/s and the share of time that waited for data since the last row; time in all."""
         now = time.monotonic()
         elapsed = max(now - self._row_s, 1e-9)
         row = {

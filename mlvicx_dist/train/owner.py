@@ -14,7 +14,16 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from mlvicx_dist.errors import DataError, ResourceError
-from mlvicx_dist.storage import PATIENCE_S, Place, insist, is_local, reaching, told, write_whole
+from mlvicx_dist.storage import (
+    PATIENCE_S,
+    Place,
+    insist,
+    is_local,
+    listed,
+    reaching,
+    told,
+    write_whole,
+)
 
 T = TypeVar("T")
 TOKEN = ".driver-{}"
@@ -115,9 +124,7 @@ def check_owner(run_dir: Place, token: str) -> None:
 def take_over(run_dir: Place, token: str) -> None:
     """Let the run belong to the driver of this token, and to no other."""
     with reaching(run_dir):
-        # A store has no folder before there is something in it.
-        there = run_dir.iterdir() if run_dir.is_dir() else ()
-        others = [path for path in there if fnmatch(path.name, TOKEN.format("*"))]
+        others = [path for path in listed(run_dir) if fnmatch(path.name, TOKEN.format("*"))]
     write_whole(run_dir / TOKEN.format(token), b"")
     with reaching(run_dir):
         for path in others:

@@ -10,9 +10,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 POLL_S = 0.2
 LAST_WORD_S = 5.0
 """How long a worker that ends waits for its last row to be written."""
@@ -61,6 +63,15 @@ def append(channel: Path, lines: str) -> None:
         file.write("\n" + lines)
 
 
+def _attempt(work: Callable[[], T], raised: list[Exception]) -> T | None:
+    """What it gives; or None, and `raised` has what was raised first."""
+    try:
+        return work()
+    except Exception as error:
+        raised[:] = raised or [error]
+        return None
+
+
 class Reader:
     """The rows that came into a file since the last look; a line that is not whole is none yet."""
 
@@ -85,7 +96,7 @@ def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[
     """Call `show`, in a thread, with each row that comes through the channel in the block.
 
     Raises:
-        Exception: what `show` raised, when the block ends; no row after that one was shown.
+        Exception: what `show` raised first, when the block ends; later rows were shown too.
     """
     channel.touch()
     look, ended = Reader(channel), threading.Event()
@@ -95,12 +106,8 @@ def watching(channel: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[
         last_look = False
         while not last_look:
             last_look = ended.wait(POLL_S)
-            try:
-                for row in look():
-                    show(row)
-            except Exception as error:
-                raised.append(error)
-                return
+            for row in _attempt(look, raised) or ():
+                _attempt(partial(show, row), raised)
 
     thread = threading.Thread(target=follow, name="mlvicx-progress", daemon=True)
     thread.start()

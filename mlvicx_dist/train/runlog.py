@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,19 @@ class SampleLog:
         self._file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Place) -> list[dict[str, float]]:
+def read_rows(path: Place, *, patience_s: float | None = None) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Args:
+        path: Of the file.
+        patience_s: How long a store that fails is asked again; None: three times in all.
 
     Raises:
         OSError: it cannot be read.
     """
     rows = []
     try:
-        text = read_bytes(path).decode(errors="replace")
+        text = read_bytes(path, patience_s=patience_s).decode(errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
@@ -151,13 +155,10 @@ def read_rows(path: Place) -> list[dict[str, float]]:
     return rows
 
 
-def trained_s(rows: Sequence[Mapping[str, float]]) -> float:
-    """Seconds of training over all starts: the clock of a row begins anew with each."""
-    total, before = 0.0, 0.0
-    for row in rows:
-        total += row["time_s"] - (before if row["time_s"] >= before else 0.0)
-        before = row["time_s"]
-    return total
+def trained_s(run_dir: Place, step: int, *, patience_s: float | None = None) -> float:
+    """Seconds of training behind a step, over all starts, as far as the log knows."""
+    rows = read_rows(run_dir / ROWS, patience_s=patience_s) if step else []
+    return max((row["time_s"] for row in rows if row["step"] <= step), default=0.0)
 
 
 def _cut(path: Path, step: int) -> None:

@@ -30,7 +30,12 @@ LAST_PATIENCE_S = 300.0
 
 
 class Saver:
-    """Writes the checkpoints and exports of a run; rank 0 has one."""
+    """Writes the checkpoints and exports of a run; rank 0 has one.
+
+    Attributes:
+        newest: The checkpoint that was written last.
+        failing: Whether the last one could not be written and is to be tried again.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         data: list[dict[str, Any]],
         *,
+        since_export: int = 0,
         say: Callable[[str], None],
         before: Callable[[], None],
     ) -> None:
@@ -51,6 +57,7 @@ class Saver:
             model: What is saved; so is `optimizer`.
             optimizer: See `model`.
             data: What is trained on, see `source.data_of`.
+            since_export: Checkpoints since the last one with an export, of the state gone on from.
             say: Called, in the training thread, with what went wrong and is tried again.
             before: Called, in the writing thread, before each checkpoint.
         """
@@ -62,7 +69,9 @@ class Saver:
         self._writing: Future[Place] | None = None
         self._copy: Any = None
         self._next_s = time.monotonic() + config.checkpoint.every_s
-        self._count, self._owed, self._saved = 0, False, -1
+        self._since_export = since_export
+        self._owed, self._saved = False, -1
+        self.failing = False
         self._patience_s = min(LAST_PATIENCE_S, config.workers.collective_timeout_s / 2)
 
     def due(self, done: int) -> bool:
@@ -83,12 +92,9 @@ class Saver:
         if any(weight.is_cuda for weight in self.model.parameters()):
             arrived = torch.cuda.Event()
             arrived.record()
-        every = self.config.checkpoint
-        export = final or bool(every.export_every and (self._count + 1) % every.export_every == 0)
-        self._writing = self._thread.submit(self._write, done, arrived, export)
-        self._next_s = time.monotonic() + every.every_s
+        self._writing = self._thread.submit(self._write, done, arrived, final)
+        self._next_s = time.monotonic() + self.config.checkpoint.every_s
         self._owed, self._saved = False, done
-        self._count += 1
 
     def look(self, *, wait: bool = False) -> None:
         """See how the write goes; at every step.
@@ -101,7 +107,9 @@ class Saver:
         writing, self._writing = self._writing, None
         try:
             self.newest = writing.result()
+            self.failing = False
         except CheckpointError as error:
+            self.failing = True
             again_s = min(AGAIN_S, self.config.checkpoint.every_s)
             self._next_s = time.monotonic() + again_s
             self.say(f"{error} Training goes on; it is tried again in {again_s:.0f} s.")
@@ -131,7 +139,7 @@ class Saver:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 30.0)
 
-    def _write(self, done: int, arrived: Any, export: bool) -> Place:
+    def _write(self, done: int, arrived: Any, final: bool) -> Place:
         """The copy as a checkpoint, in the writing thread."""
         if arrived is not None:
             arrived.synchronize()
@@ -148,8 +156,12 @@ class Saver:
                 f"{self.run_dir}: the run's log cannot be written ({told(error)}); "
                 "free space or mend the access to it."
             ) from None
+        every = self.config.checkpoint.export_every
+        export = final or bool(every and self._since_export + 1 >= every)
+        since_export = 0 if export else self._since_export + 1
         state = {
             "step": done,
+            "since_export": since_export,
             **self._copy,
             "settings": to_tree(self.config),
             "manifests": [one["manifest"] for one in self.data],
@@ -162,7 +174,9 @@ class Saver:
             encoder, training = self._encoder(), training_record(self.config, state)
             card = model_card(encoder, training)
             save_export(encoder, folder, card=card, known={"training": training})
-        return save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
+        path = save_checkpoint(self.run_dir, state, keep=self.config.checkpoint.keep)
+        self._since_export = since_export
+        return path
 
     def _encoder(self) -> Encoder:
         """The encoder of the copy; no number is drawn for it, since training may draw some."""

@@ -18,8 +18,12 @@ from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.step import Member
 
 
-def open_shards(config: PretrainConfig) -> ShardSet:
+def open_shards(config: PretrainConfig, *, patience_s: float | None = None) -> ShardSet:
     """The shards that a run trains on.
+
+    Args:
+        config: The settings.
+        patience_s: How long a store that fails is asked again; None: three times in all.
 
     Raises:
         DataError: a folder holds no whole set of shards, or none of the splits.
@@ -29,6 +33,7 @@ def open_shards(config: PretrainConfig) -> ShardSet:
         splits=config.data.splits,
         weights=[folder.weight for folder in config.data.shards],
         cache=cache_of(config.data),
+        patience_s=patience_s,
     )
 
 

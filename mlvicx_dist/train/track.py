@@ -29,6 +29,7 @@ MOST_PARAMS = 100
 """What MLflow takes at once."""
 PATIENCE_S = 30.0
 """How long the end of a run waits for the last rows to be sent."""
+REMEMBERING = threading.Lock()
 Row = Mapping[str, Any]
 
 
@@ -57,6 +58,7 @@ class MLflow:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._config, self._run_dir = config, run_dir
+        self._params: list[Any] = []
 
     def begin(self) -> None:
         """Go on with the run, or create it and its experiment."""
@@ -70,16 +72,18 @@ class MLflow:
         if key in known:
             self._id = known[key]
             self._client.update_run(self._id, status="RUNNING")
-            return
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        there = self._client.get_experiment_by_name(name)
-        experiment = there.experiment_id if there else self._client.create_experiment(name)
-        run = self._client.create_run(experiment, run_name=self._config.run.name)
-        self._id = run.info.run_id
-        params = [Param(key, str(value)) for key, value in _settings(self._config).items()]
-        for begin in range(0, len(params), MOST_PARAMS):
-            self._client.log_batch(self._id, params=params[begin : begin + MOST_PARAMS])
-        _write(self._run_dir, known | {key: self._id})
+        else:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            there = self._client.get_experiment_by_name(name)
+            experiment = there.experiment_id if there else self._client.create_experiment(name)
+            run = self._client.create_run(experiment, run_name=self._config.run.name)
+            self._id = run.info.run_id
+            # At once: what fails from here on must not make another run.
+            _remember(self._run_dir, key, self._id)
+            self._params = [Param(k, str(value)) for k, value in _settings(self._config).items()]
+        while self._params:
+            self._client.log_batch(self._id, params=self._params[:MOST_PARAMS])
+            del self._params[:MOST_PARAMS]
 
     def write(self, row: Row) -> None:
         """Its numbers as metrics of its step."""
@@ -112,7 +116,7 @@ class WandB:
         new = key not in known
         if new:
             known[key] = uuid.uuid4().hex[:12]
-            _write(self._run_dir, known)
+            _remember(self._run_dir, key, known[key])
         self._run = wandb.init(
             project=project,
             id=known[key],
@@ -164,19 +168,20 @@ def check_trackers(config: PretrainConfig) -> None:
 
 @contextmanager
 def tracking(
-    config: PretrainConfig, run_dir: Place, *, total: int, say: Callable[[str], None]
+    config: PretrainConfig, run_dir: Place, *, start: int, total: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[Row], None]]:
     """Send rows to what `run.track` names, in threads: training waits for no server.
 
     Args:
         config: The settings.
         run_dir: Folder of the run.
+        start: Steps done before.
         total: Steps of the run: its row ends it.
         say: Told, in a sentence, that rows cannot be sent.
     """
     check_trackers(config)
     senders = [_Sender(name, config, run_dir, say) for name in _wanted(config)]
-    last = 0
+    last = start
 
     def write(row: Row) -> None:
         nonlocal last
@@ -211,17 +216,17 @@ class _Sender:
     def _send(self, config: PretrainConfig, run_dir: Place) -> None:
         waiting: deque[Row] = deque()
         service: Service | None = None
-        told = ended = False
+        begun = told = ended = False
         while not ended:
             given = self.rows.get()
             ended = isinstance(given, bool)
             if not isinstance(given, bool):
                 waiting.append(given)
             try:
-                if service is None:
-                    new = SERVICES[self._name](config, run_dir)
-                    new.begin()
-                    service = new
+                service = service or SERVICES[self._name](config, run_dir)
+                if not begun:
+                    service.begin()
+                    begun = True
                 while waiting:
                     service.write(waiting[0])
                     waiting.popleft()
@@ -259,5 +264,8 @@ def _read(run_dir: Place) -> dict[str, str]:
         return {}
 
 
-def _write(run_dir: Place, known: dict[str, str]) -> None:
-    write_whole(run_dir / FILE, (json.dumps(known, indent=1) + "\n").encode())
+def _remember(run_dir: Place, key: str, value: str) -> None:
+    """Note the id of a service's run; each service has a thread."""
+    with REMEMBERING:
+        known = _read(run_dir) | {key: value}
+        write_whole(run_dir / FILE, (json.dumps(known, indent=1) + "\n").encode())

@@ -181,6 +181,19 @@ def test_a_store_that_fails_for_a_while_is_asked_again(store, cache, images, clo
     assert clock.pauses_s == [pytest.approx(wait, rel=0.21) for wait in waits]
 
 
+def test_a_manifest_is_waited_for_by_who_has_patience(store, clock):
+    store.manifest_refused = 5
+    assert read_manifest(store.url, patience_s=300).splits
+    assert len(clock.pauses_s) == 5
+    store.manifest_refused = 10**6
+    # That the store does not answer says nothing of what is in it.
+    with pytest.raises(DataError, match=r"it cannot be reached \(.*503"):
+        read_manifest(store.url)
+    store.manifest_refused = 0
+    with pytest.raises(DataError, match="there is no such folder of shards"):
+        read_manifest(f"{store.url}/gone")
+
+
 def test_patience_ends_with_a_sentence(store, cache, clock):
     shards = opened(store, cache)
     shards.image(0)

@@ -1,8 +1,10 @@
 """Batches: the same samples and views for any number of ranks, loader processes and restarts."""
 
+import gc
 import multiprocessing
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +16,7 @@ from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.stream import loader
 from mlvicx_dist.stream.loader import Steps, batches
 from mlvicx_dist.stream.order import epoch_order
-from mlvicx_dist.stream.shardset import ShardSet
+from mlvicx_dist.stream.shardset import ShardSet, _Descriptor
 
 VIEWS = Views(image_size_px=24, blur_kernel_px=5)
 
@@ -168,3 +170,12 @@ def test_a_damaged_description_of_a_sample_is_one_sentence(
     with pytest.raises(DataError, match=r"tells of [0-9a-f]+ is damaged; run 'mlvicx verify /"):
         for sample in range(len(shards)):
             shards.about(sample)
+
+
+def test_a_shard_that_cannot_be_opened_is_one_error(tmp_path, monkeypatch):
+    unraised = []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    with pytest.raises(FileNotFoundError):
+        _Descriptor(tmp_path / "gone")
+    gc.collect()
+    assert unraised == []

@@ -1,5 +1,6 @@
 """The order of samples: a pure function with exact properties (DESIGN 3.1)."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,24 @@ def test_a_large_order_is_one_file_a_node(tmp_path, monkeypatch):
     for epoch in (5, 6):
         epoch_lanes([30, 40], 6, 5, epoch, lanes=slice(0, 6), folder=tmp_path)
     assert sorted(p.stem[-1] for p in tmp_path.glob("*.npy")) == ["5", "6"]
+
+
+def test_where_an_order_cannot_be_kept_it_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "file").touch()
+    lanes = epoch_lanes([30, 40], 6, 5, 4, lanes=slice(1, 3), folder=tmp_path / "file")
+    assert np.array_equal(lanes, epoch_order([30, 40], 6, 5, 4)[1:3])
+
+
+def test_the_orders_of_runs_that_ended_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "IN_MEMORY_BYTES", 0)
+    for seed in (1, 2):
+        epoch_lanes([30, 40], 6, seed, 0, lanes=slice(0, 6), folder=tmp_path)
+    old = min(tmp_path.glob("*.npy"))
+    os.utime(old, (0, 0))
+    epoch_lanes([30, 40], 6, 3, 0, lanes=slice(0, 6), folder=tmp_path)
+    assert not old.exists()
+    assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_a_batch_larger_than_the_data_says_so():

@@ -31,7 +31,7 @@ class Store(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.served, self.ranges = defaultdict(int), []
         self.ranged, self.pause_s = True, 0.0
-        self.refused = self.cut = self.spoilt = 0
+        self.refused = self.manifest_refused = self.cut = self.spoilt = 0
         self.stalled, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
         self._one = threading.Lock()
@@ -60,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         store, name = self.server, self.path.strip("/")
         shard = name.endswith((".tar", ".npy"))
-        if shard and store.one_of("refused"):
+        if (shard and store.one_of("refused")) or (not shard and store.one_of("manifest_refused")):
             self.send_error(503)
             return
         path = store.folder / name

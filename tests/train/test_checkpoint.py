@@ -5,6 +5,8 @@ import logging
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from upath import UPath
 
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.train import checkpoint
@@ -14,6 +16,7 @@ from mlvicx_dist.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from mlvicx_dist.train.owner import take_over
 from mlvicx_dist.train.weights import find_weights
 
 
@@ -111,6 +114,23 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(run, monkeypatch):
         CheckpointError, match=r"00000040.pt: .* cannot be read \(Input/output error"
     ):
         newest_checkpoint(run)
+
+
+def test_a_store_that_is_away_is_no_run_without_checkpoints(run, monkeypatch):
+    folder = UPath("memory://mlvicx-test")
+    save_checkpoint(folder, state(10), keep=3)
+    assert newest_checkpoint(folder).name == "step-00000010.pt"
+
+    def away(*args, **options):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    # As gs:// does: its `isdir` takes every OSError for no.
+    monkeypatch.setattr(MemoryFileSystem, "isdir", lambda *args: False)
+    monkeypatch.setattr(MemoryFileSystem, "ls", away)
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        newest_checkpoint(folder, patience_s=0)
+    with pytest.raises(OSError, match="unreachable"):
+        take_over(folder, "token")
 
 
 def test_a_run_that_went_on_from_before_drops_what_came_after(run):

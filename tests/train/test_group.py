@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +16,12 @@ from mlvicx_dist.capacity import refused_launches
 from mlvicx_dist.config import Workers
 from mlvicx_dist.doctor.findings import launches
 from mlvicx_dist.errors import DataError, ResourceError, TrainingError
+from mlvicx_dist.progress import say
 from mlvicx_dist.train import shown
 from mlvicx_dist.train.failures import Failures
 from mlvicx_dist.train.group import Fit, cluster, fitted, trainer
 from mlvicx_dist.train.guard import _Guard
-from mlvicx_dist.train.rows import telling, watching
+from mlvicx_dist.train.rows import POLL_S, append, telling, watching
 from mlvicx_dist.train.shown import Refusals, Shown, placed
 
 
@@ -140,6 +143,33 @@ def test_what_goes_wrong_where_rows_are_shown_is_not_lost(tmp_path):
     with pytest.raises(OSError, match="1"), watching(tmp_path / "rows", show):
         with (tmp_path / "rows").open("a") as file:
             file.write('{"step": 1}\n{"step": 2}\n')
+
+
+def test_rows_are_shown_after_one_that_could_not_be(tmp_path):
+    shown = []
+
+    def show(row):
+        if row["step"] == 1:
+            raise OSError("a store was away")
+        shown.append(row["step"])
+
+    with pytest.raises(OSError, match="away"), watching(tmp_path / "rows", show):
+        append(tmp_path / "rows", '{"step": 1}\n{"step": 2}\n')
+        time.sleep(2 * POLL_S)
+        append(tmp_path / "rows", '{"step": 3}\n')
+    assert shown == [2, 3]
+
+
+@pytest.mark.parametrize("stderr", ["full", "closed"])
+def test_a_stderr_that_nobody_reads_ends_nothing(monkeypatch, stderr):
+    with open("/dev/full", "w") as full:
+        if stderr == "closed":
+            full.close()
+        monkeypatch.setattr(sys, "stderr", full)
+        say("a line")
+        with suppress(OSError):
+            full.close()
+    monkeypatch.undo()
 
 
 def test_failures_are_counted_from_the_furthest_step_that_was_told(tmp_path):

@@ -21,7 +21,7 @@ from mlvicx_dist.train.weights import load_encoder
 class Bench:
     """A model, its optimizer and a saver, and what the saver said."""
 
-    def __init__(self, run_dir, **changes):
+    def __init__(self, run_dir, *, since_export=0, **changes):
         tree = settings("/nowhere", run_dir, **changes)
         self.config = parse_config(tree, "test")
         self.run_dir = run_dir
@@ -34,6 +34,7 @@ class Bench:
             self.model,
             self.optimizer,
             [{"manifest": "digest"}],
+            since_export=since_export,
             say=self.said.append,
             before=lambda: None,
         )
@@ -115,6 +116,34 @@ def test_the_export_is_that_of_the_checkpoint(bench):
     images = torch.rand(2, 1, 32, 32)
     exported = load_encoder(bench.run_dir / "exports" / "step-00000003")
     assert torch.equal(exported(images), load_encoder(bench.run_dir)(images))
+
+
+def test_every_third_checkpoint_has_an_export_over_starts_and_failures(tmp_path, monkeypatch):
+    def save(bench, step):
+        bench.saver.save(step)
+        bench.saver.look(wait=True)
+
+    def exports():
+        folder = tmp_path / "run" / "exports"
+        return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+    bench = Bench(tmp_path / "run", checkpoint__export_every=3)
+    for step in (1, 2):
+        save(bench, step)
+    since = saved(bench.run_dir)["since_export"]
+    again = Bench(tmp_path / "run", checkpoint__export_every=3, since_export=since)
+    written = saver_module.save_export
+
+    def fails(*args, **options):
+        raise CheckpointError("no room.")
+
+    monkeypatch.setattr(saver_module, "save_export", fails)
+    save(again, 3)
+    assert (exports(), again.saver.failing) == ([], True)
+    monkeypatch.setattr(saver_module, "save_export", written)
+    for step in (4, 5, 6, 7):
+        save(again, step)
+    assert (exports(), again.saver.failing) == ([4, 7], False)
 
 
 @pytest.mark.parametrize("small_disk", ["size=8m"], indirect=True)

@@ -1,6 +1,7 @@
 """Rows in MLflow and W&B: one run over all starts, no path, no wait for a server that is gone."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -67,13 +68,71 @@ def test_rows_wait_for_a_service_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(track, "find_spec", lambda name: True)
     said = []
     with tracking(
-        config(tmp_path, mlflow="https://nowhere"), tmp_path, total=3, say=said.append
+        config(tmp_path, mlflow="https://nowhere"), tmp_path, start=0, total=3, say=said.append
     ) as write:
         for step in (1, 2, 3):
             write({"step": step, "loss": 0.5, "words": "none"})
     assert gone.rows == [*({"step": step, "loss": 0.5} for step in (1, 2, 3)), True]
     (words,) = said
     assert words.startswith("run.track.mlflow: rows cannot be sent (no route to host); training")
+
+
+def test_a_start_with_nothing_left_to_do_leaves_a_finished_run_finished(tmp_path, monkeypatch):
+    gone = Gone(None, None)
+    gone.tries = 3
+    monkeypatch.setitem(track.SERVICES, "mlflow", lambda config, run_dir: gone)
+    monkeypatch.setattr(track, "find_spec", lambda name: True)
+    where = config(tmp_path, mlflow="https://nowhere")
+    with tracking(where, tmp_path, start=3, total=3, say=print):
+        pass
+    assert gone.rows == [True]
+
+
+def test_both_services_find_their_run_again(tmp_path, monkeypatch):
+    both = threading.Barrier(2)
+
+    class Begun(Gone):
+        def begin(self):
+            both.wait(10)
+            track._remember(self.run_dir, self.name, "id")
+
+    for name in ("mlflow", "wandb"):
+        kind = type(name, (Begun,), {"name": name, "run_dir": tmp_path})
+        monkeypatch.setitem(track.SERVICES, name, kind)
+    monkeypatch.setattr(track, "find_spec", lambda name: True)
+    where = config(tmp_path, mlflow="https://nowhere", wandb="chest")
+    with tracking(where, tmp_path, start=0, total=1, say=print) as write:
+        write({"step": 1, "loss": 1.0})
+    assert json.loads((tmp_path / "track.json").read_text()) == {"mlflow": "id", "wandb": "id"}
+
+
+@pytest.mark.slow
+def test_a_run_whose_settings_cannot_be_sent_at_first_is_one_run(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
+    from mlflow import MlflowClient
+
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    sent, left = MlflowClient.log_batch, [2]
+
+    def log_batch(self, run_id, metrics=(), params=(), tags=()):
+        if params and left[0]:
+            left[0] -= 1
+            raise OSError("no room")
+        return sent(self, run_id, metrics=metrics, params=params)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    said = []
+    where = config(tmp_path, mlflow=address)
+    with tracking(where, tmp_path, start=0, total=3, say=said.append) as write:
+        for step in (1, 2, 3):
+            write({"step": step, "loss": 1.0})
+    client = MlflowClient(tracking_uri=address)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "mlvicx_dist"]
+    (there,) = client.search_runs([experiment.experiment_id])
+    assert there.info.status == "FINISHED"
+    assert there.data.params["train.batch_size"] == "7"
+    assert len(client.get_metric_history(there.info.run_id, "loss")) == 3
+    assert len(said) == 1
 
 
 @pytest.mark.slow
@@ -111,7 +170,7 @@ def test_a_server_that_is_gone_does_not_hold_training_up(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     said = []
     with tracking(
-        config(tmp_path, mlflow="http://127.0.0.1:9"), tmp_path, total=2, say=said.append
+        config(tmp_path, mlflow="http://127.0.0.1:9"), tmp_path, start=0, total=2, say=said.append
     ) as write:
         began = time.monotonic()
         write({"step": 1, "loss": 1.0})
@@ -125,7 +184,9 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     said = []
     for steps in ((1, 2), (2, 3)):
-        with tracking(config(tmp_path, wandb="chest"), tmp_path, total=3, say=said.append) as write:
+        with tracking(
+            config(tmp_path, wandb="chest"), tmp_path, start=0, total=3, say=said.append
+        ) as write:
             for step in steps:
                 write({"step": step, "loss": 1.0 / step})
     assert said == []
@@ -149,7 +210,7 @@ def test_whatever_a_library_raises_is_told(tmp_path, monkeypatch, where):
     monkeypatch.setattr(track, "find_spec", lambda name: True)
     said = []
     with tracking(
-        config(tmp_path, mlflow="postgresql://nowhere"), tmp_path, total=3, say=said.append
+        config(tmp_path, mlflow="postgresql://nowhere"), tmp_path, start=0, total=3, say=said.append
     ) as write:
         write({"step": 3, "loss": 1.0})
     (words,) = said
