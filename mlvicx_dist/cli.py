@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -16,7 +15,7 @@ from typing import Any
 
 from mlvicx_dist import __version__
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.progress import plain
+from mlvicx_dist.progress import answer, plain
 from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
 Handler = Callable[[argparse.Namespace], "Answer"]
@@ -40,22 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Ray prints of its own accord: stdout is for the answer alone.
         with redirect_stdout(sys.stderr), sigterm_interrupts() as asked:
-            answer = options.handler(options)
+            found = options.handler(options)
     except UserError as error:
         print(plain(f"mlvicx: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("mlvicx: stopped", file=sys.stderr)
         return exit_code(asked)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     if options.json:
-        print(json.dumps(answer.document))
-    else:
-        for line in answer.lines:
-            print(plain(line))
-    return int(answer.code)
+        answer(json.dumps(found.document))
+    elif found.lines:
+        answer(plain("\n".join(found.lines)))
+    return int(found.code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -317,6 +312,8 @@ def _doctor(options: argparse.Namespace) -> Answer:
     from mlvicx_dist.config import PretrainConfig, load_as
     from mlvicx_dist.doctor.examination import examine
 
+    if options.overrides and not options.config:
+        raise UserError(f"--set {options.overrides[0]}: it changes settings; give a CONFIG too.")
     config = load_as(PretrainConfig, options.config, options.overrides) if options.config else None
     diagnosis = examine(config)
     return Answer(diagnosis.document(), diagnosis.lines(), 0 if diagnosis.well else 1)

@@ -1,7 +1,11 @@
-"""Progress on stderr: a rich bar on a terminal, a plain line now and then in a log."""
+"""Progress on stderr: a rich bar on a terminal, a plain line now and then in a log.
+
+The answer of a command, on stdout, is `answer`.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -107,6 +111,15 @@ def say(line: str) -> None:
     """A line on stderr, at once."""
     with suppress(*UNHEARD):
         print(plain(line), file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """Print what a command found; that it is not read to its end, as by `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain(text: str) -> str:

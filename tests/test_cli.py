@@ -133,3 +133,15 @@ def test_stdout_is_for_the_answer_alone(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == {"answer": 1}
     assert "a library that prints" in err
+
+
+def test_an_answer_that_is_not_read_to_its_end_is_no_error():
+    script = "from mlvicx_dist.progress import answer; answer('line\\n' * 100000)"
+    command = f'{sys.executable} -c "{script}" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_overrides_without_settings_are_refused(capsys):
+    assert main(["doctor", "--set", "workers.num=4"]) == 2
+    assert "it changes settings; give a CONFIG too" in capsys.readouterr().err

@@ -28,6 +28,8 @@ class EvaluateData(Cached):
     def _unseen(self) -> EvaluateData:
         if self.test in (self.train, self.val):
             raise ValueError("test must be a split of its own: its images choose nothing")
+        if self.train == self.val:
+            raise ValueError("val must be a split of its own: it chooses what train has learned")
         return self
 
 
@@ -184,10 +186,6 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _judged_by_splits(self) -> EvaluateConfig:
-        if self.folds and self.data.train == self.data.val:
-            raise ValueError(
-                "data.train and data.val are one split, but folds are dealt from three: name two"
-            )
         for key in ("few_labels", "fine_tune", "segment", "localise"):
             if self.folds and getattr(self, key):
                 raise ValueError(

@@ -212,7 +212,7 @@ class _Ward:
         if "error" in rates:
             yield Finding("worker", rates["state"], rates["error"], rates.get("remedy", ""))
             return
-        yield findings.loading(rates["loader"], rates["step"])
+        yield findings.loading(rates["loader"], rates["step"], config.data.loader_workers)
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
             yield findings.gradients(self._bytes_per_s, parameters, step_s, config.train.gradients)

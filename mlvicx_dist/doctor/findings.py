@@ -272,8 +272,15 @@ def gradients(
     return Finding("gradients", "ok", words)
 
 
-def loading(loader: float, step: float) -> Finding:
+def loading(loader: float, step: float, processes: int) -> Finding:
     """Whether a worker's loader keeps up with its steps; both in images/s."""
+    if not processes:
+        return Finding(
+            "loader",
+            "warn",
+            f"{loader:.0f} images/s, loaded between steps, which alone take {step:.0f}",
+            "raise data.loader_workers to 1: what loads beside the steps costs them no time",
+        )
     words = f"{loader:.0f} images/s a worker, of which its steps take {step:.0f}"
     if loader < step:
         return Finding(

@@ -169,7 +169,7 @@ def _check_labels(plan: Plan) -> None:
                 task.data.shards, splits=list(dict.fromkeys(splits)), cache=cache_of(task.data)
             )
             where = f"methods.{name}, task {task.name}, its splits {', '.join(splits)}"
-            label_overlap(unseen, [], method.settings, where=where)
+            label_overlap(unseen, [], task.data.shards, method.settings, where=where)
 
 
 def _connect(plan: Plan, stack: ExitStack) -> None:

@@ -129,6 +129,12 @@ def _notes(result: Result, task: Result) -> Iterator[str]:
     for name, why in task["left_out"].items():
         yield f"Left out: {name} ({why})."
     yield overlap_words(task["overlap"])
+    for name in task["auroc"]:
+        if result["methods"][name].get("init_from"):
+            yield (
+                f"{name}: of the images and labels behind the weights that it began with "
+                "(train.init_from) nothing is known."
+            )
     whose = "these images" if task["folds"] else "the validation or test images"
     too = "" if task["folds"] else ", from which the probe of this table may learn too,"
     for name, splits in _learned(result, task["auroc"]):

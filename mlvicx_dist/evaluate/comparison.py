@@ -155,6 +155,7 @@ def _about(
         "changes": method.changes,
         "floor": method.floor,
         "labels": _learned(method),
+        "init_from": not method.floor and method.settings.train.init_from is not None,
         "runs": runs,
         "measured_s_a_step": rate_s,
     }

@@ -10,7 +10,9 @@ from scipy.special import ndtr
 from scipy.stats import rankdata
 
 
-def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float | None:
+def delong(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, folds: np.ndarray | None = None
+) -> float | None:
     """The two-sided p-value for equal AUROCs of two scores of the same images.
 
     DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988), by the mid-ranks of Sun and Xu, IEEE
@@ -21,10 +23,14 @@ def delong(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float |
             being given.
         second: Other scores, [n] or [n, S].
         labels: [n], 0, 1 or NaN (left out).
+        folds: The fold of each image, [n]; None: all are compared.
 
     Returns:
-        The p-value; 1 where the scores rank alike, None where a label has fewer than two images.
+        The p-value; 1 where the scores rank alike; None where a label has fewer than two images,
+        and of folds, for whose AUROC it is not made.
     """
+    if folds is not None:
+        return None
     positive, negative = labels == 1, labels == 0
     m, n = int(positive.sum()), int(negative.sum())
     if min(m, n) < 2:

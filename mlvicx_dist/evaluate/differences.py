@@ -67,7 +67,9 @@ def judged(
     """
     bootstrap = settings.bootstrap
     figures = {
-        name: areas_of(by_seed, images.labels, images.patients, images.classes, bootstrap)
+        name: areas_of(
+            by_seed, images.labels, images.patients, images.classes, bootstrap, images.folds
+        )
         for name, by_seed in methods.items()
     }
     patients = len(np.unique(images.patients))
@@ -107,7 +109,7 @@ def judged(
             name: _subgroup(name, chosen, methods, images, bootstrap, reference)
             for name, chosen in images.groups.items()
         },
-        "roc": {name: _roc(by_seed, images.labels) for name, by_seed in methods.items()},
+        "roc": {name: _roc(by_seed, images) for name, by_seed in methods.items()},
     }
 
 
@@ -117,6 +119,7 @@ def areas_of(
     patients: np.ndarray,
     classes: Sequence[str],
     settings: Bootstrap,
+    folds: np.ndarray | None = None,
 ) -> dict[str, dict[str, Figures]]:
     """The areas of a method by metric, by class and `mean`, and by seed."""
     found: dict[str, dict[str, Figures]] = {m: {c: {} for c in [*classes, MEAN]} for m in METRICS}
@@ -128,12 +131,14 @@ def areas_of(
             drawn[same]
             if same is not None
             else bootstrap_areas(
-                scores.probe, labels, patients, draws=settings.draws, seed=settings.seed
+                scores.probe, labels, patients, folds, draws=settings.draws, seed=settings.seed
             )
         )
         for metric, area in METRICS.items():
             resampled = getattr(drawn[seed], metric)
-            values = np.array([area(scores.probe[:, k], labels[:, k]) for k in range(len(classes))])
+            values = np.array(
+                [area(scores.probe[:, k], labels[:, k], folds) for k in range(len(classes))]
+            )
             for k, name in enumerate(classes):
                 found[metric][name][seed] = Drawn(values[k], resampled[:, k])
             found[metric][MEAN][seed] = Drawn(values.mean(), over_classes(resampled))
@@ -230,7 +235,7 @@ def _delong(
             np.stack([methods[one][seed].probe for seed in seeds], 2) for one in (name, reference)
         )
         found[name] = {
-            c: delong(first[:, k], second[:, k], images.labels[:, k])
+            c: delong(first[:, k], second[:, k], images.labels[:, k], images.folds)
             for k, c in enumerate(images.classes)
         }
     return found
@@ -276,6 +281,7 @@ def _subgroup(
 ) -> dict[str, Any]:
     """The mean AUROC of the methods on the images of a subgroup."""
     labels, patients = images.labels[chosen], images.patients[chosen]
+    folds = None if images.folds is None else images.folds[chosen]
     kept, left_out = usable_classes(images.classes, {name: labels}, within="subgroup")
     columns = [images.classes.index(one) for one in kept]
     result: dict[str, Any] = {
@@ -289,7 +295,8 @@ def _subgroup(
     figures = {}
     for method, by_seed in methods.items():
         part = {seed: _part(scores, chosen, columns) for seed, scores in by_seed.items()}
-        figures[method] = areas_of(part, labels[:, columns], patients, kept, bootstrap)["auroc"]
+        areas = areas_of(part, labels[:, columns], patients, kept, bootstrap, folds)
+        figures[method] = areas["auroc"]
     compared = _Compared(reference, result["patients"], bootstrap.confidence)
     return result | {
         "methods": {method: compared.cell(one[MEAN]) for method, one in figures.items()},
@@ -303,14 +310,14 @@ def _part(scores: Scores, chosen: np.ndarray, columns: list[int]) -> Scores:
     return Scores(scores.probe[chosen][:, columns], scores.validation_auroc, [], scores.plane)
 
 
-def _roc(by_seed: BySeed, labels: np.ndarray) -> dict[str, list[float]]:
+def _roc(by_seed: BySeed, images: Images) -> dict[str, list[float]]:
     """True positive rates averaged over classes and seeds at the same false positive rates."""
     false = np.linspace(0, 1, ROC_POINTS)
     true = np.mean(
         [
-            np.interp(false, *roc_curve(scores.probe[:, k], labels[:, k]))
+            np.interp(false, *roc_curve(scores.probe[:, k], images.labels[:, k], images.folds))
             for scores in by_seed.values()
-            for k in range(labels.shape[1])
+            for k in range(images.labels.shape[1])
         ],
         axis=0,
     )

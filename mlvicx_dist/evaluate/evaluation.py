@@ -23,11 +23,11 @@ from mlvicx_dist.evaluate.delong import delong
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
-from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed, ranked
+from mlvicx_dist.evaluate.folds import all_judged, counted, fold_of, folds_of, joined, probed
 from mlvicx_dist.evaluate.localise import check_context, localise
 from mlvicx_dist.evaluate.marked import Kind, MarkedImages
 from mlvicx_dist.evaluate.metrics import roc_curve
-from mlvicx_dist.evaluate.overlap import label_overlap, overlap_with_run, run_config
+from mlvicx_dist.evaluate.overlap import check_copies, label_overlap, overlap_with_run, run_config
 from mlvicx_dist.evaluate.paired import compare
 from mlvicx_dist.evaluate.parts import parts_of, splits_of
 from mlvicx_dist.evaluate.pixels import Pixels
@@ -87,15 +87,19 @@ def evaluate_checkpoint(
         use_gpu=settings.embedding.use_gpu,
         cache=cache_of(settings.data),
     )
+    folds = folds_of(embeddings, settings)
+    check_copies(embeddings.about, folds, ", ".join(settings.data.shards))
     result = {
         "checkpoint": weights.name,
         "encoder": encoder_digest(encoder),
         "untrained": {"seed": seed, "assumed": told_seed is None},
         **evaluate(embeddings, settings),
     }
-    about_test = embeddings.about_of(all_judged(folds_of(embeddings, settings)).rows)
+    about_test = embeddings.about_of(all_judged(folds).rows)
     off = {"unknown": "overlap is off"}
-    result["overlap"] = overlap_with_run(about_test, run_dir) if settings.overlap else off
+    result["overlap"] = (
+        overlap_with_run(about_test, settings.data.shards, run_dir) if settings.overlap else off
+    )
     if labels:
         result["overlap"]["labels"] = labels
     both = dict(zip(ENCODERS, (encoder, bare), strict=True))
@@ -139,7 +143,7 @@ def _labels(
     where = f"the split '{data.test}'"
     if settings.folds:
         where = f"{', '.join(data.shards)}, all of which folds judge"
-    return label_overlap(unseen, learned, config, where=where)
+    return label_overlap(unseen, learned, data.shards, config, where=where)
 
 
 def _own_folder(weights: Place, run_dir: Place) -> Place:
@@ -221,21 +225,20 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
                 "finite: its weights diverged; evaluate an earlier checkpoint."
             )
     folds = folds_of(embeddings, settings)
-    parts, test = folds[0], all_judged(folds)
+    parts, test, fold = folds[0], all_judged(folds), fold_of(folds)
     probe: dict[str, np.ndarray] = {}
-    logits: dict[str, np.ndarray] = {}
     knn: dict[str, np.ndarray] = {}
     penalties = {}
     with progress("probing", len(by_encoder), "encoders") as bar:
         for name, features in by_encoder.items():
             found = probed(name, features, folds, settings)
-            probe[name], logits[name] = found.scores, found.logits
+            probe[name] = found.logits
             penalties[name] = {
                 # One number as ever, or one a fold.
                 "l2": [fitted.l2 for fitted in found.fits] if settings.folds else found.fits[0].l2,
                 "validation_auroc": found.validation_auroc,
             }
-            knn[name] = ranked(
+            knn[name] = joined(
                 folds,
                 [
                     knn_scores(
@@ -250,7 +253,7 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
             bar.advance()
     kept, patients, test_labels = parts.classes, test.patients, test.labels
     first, second = ENCODERS
-    compared = compare(probe, test_labels, patients, kept, settings.bootstrap)
+    compared = compare(probe, test_labels, patients, kept, settings.bootstrap, fold)
     return {
         "name": settings.name,
         "settings": to_tree(settings),
@@ -263,9 +266,9 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
         "probe": compared["auroc"],
         "auprc": compared["auprc"],
         "undefined_draws": compared["undefined_draws"],
-        "knn": compare(knn, test_labels, patients, kept, settings.bootstrap)["auroc"],
+        "knn": compare(knn, test_labels, patients, kept, settings.bootstrap, fold)["auroc"],
         "subgroups": subgroups(
-            probe, test_labels, patients, embeddings.about_of(test.rows), kept, settings
+            probe, test_labels, patients, embeddings.about_of(test.rows), kept, settings, fold
         )
         if settings.subgroups
         else {},
@@ -273,12 +276,14 @@ def evaluate(embeddings: Embeddings, settings: EvaluateConfig) -> dict[str, Any]
         if settings.few_labels
         else [],
         "delong": {
-            c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k])
+            c: delong(probe[first][:, k], probe[second][:, k], test_labels[:, k], fold)
             for k, c in enumerate(kept)
         },
-        "calibration": {name: _calibration(logits[name], test_labels, kept) for name in ENCODERS},
+        "calibration": {name: _calibration(probe[name], test_labels, kept) for name in ENCODERS},
         "roc": {
-            name: {c: _curve(probe[name][:, k], test_labels[:, k]) for k, c in enumerate(kept)}
+            name: {
+                c: _curve(probe[name][:, k], test_labels[:, k], fold) for k, c in enumerate(kept)
+            }
             for name in ENCODERS
         },
     }
@@ -297,9 +302,11 @@ def _calibration(
     return {**result, "mean": mean}
 
 
-def _curve(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+def _curve(
+    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None
+) -> dict[str, list[float]]:
     """A ROC curve of at most `CURVE_POINTS` points."""
-    false, true = roc_curve(scores, labels)
+    false, true = roc_curve(scores, labels, folds)
     places = np.unique(np.linspace(0, len(false) - 1, CURVE_POINTS).round().astype(int))
     return {
         "false": [round(float(v), 4) for v in false[places]],

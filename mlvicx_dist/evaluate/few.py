@@ -158,8 +158,8 @@ def _share(
         mean = float(values.mean())
         result[name] = {
             "value": mean,
-            "low": mean - reach,
-            "high": mean + reach,
+            "low": max(mean - reach, -1.0 if name == "difference" else 0.0),
+            "high": min(mean + reach, 1.0),
             "draws": values.tolist(),
         }
     return result

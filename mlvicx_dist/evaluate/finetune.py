@@ -83,12 +83,15 @@ def check_fine_tune(settings: EvaluateConfig, tune: FineTune) -> None:
     """See before other work that the training split and the machine or cluster are large enough.
 
     Raises:
-        DataError: the batch is larger than the training split.
+        DataError: the batch is larger than the training split, or a folder lacks a split.
         ResourceError: there is no room for the workers.
     """
     from mlvicx_dist.train.group import check_room
 
     split = settings.data.train
+    # As the workers open them.
+    for other in (settings.data.val, settings.data.test):
+        ShardSet.open(settings.data.shards, splits=[other])
     images = len(ShardSet.open(settings.data.shards, splits=[split]))
     if tune.batch_size > images:
         raise DataError(

@@ -7,7 +7,8 @@ them count. The probe's penalty is chosen by those other folds alone, each left 
 
 Logits of two probes are on two scales, and where a fold has more positives its probe, which learned
 from the others, expects fewer: pooled as they are, they would rank the images of an encoder that
-knows nothing below chance. So an image's score is its rank in its fold.
+knows nothing below chance; and by their ranks in their folds, those of a perfect one below
+positives of other folds. So only images of one fold are compared (`metrics`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from mlvicx_dist.config import EvaluateConfig, Probe
 from mlvicx_dist.errors import DataError
@@ -94,17 +94,22 @@ def joined(folds: Sequence[Parts], values: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(values))[np.argsort(rows)]
 
 
+def fold_of(folds: Sequence[Parts]) -> np.ndarray | None:
+    """Which fold judges each image, [n], in the order of the embeddings; None without folds."""
+    if len(folds) == 1:
+        return None
+    return joined(folds, [np.full(len(one.test.labels), k) for k, one in enumerate(folds)])
+
+
 @dataclass(frozen=True)
 class Probed:
     """What the probes of one encoder say of the images that are judged.
 
     Attributes:
-        scores: By which images are compared, [n, K]: logits, of folds their ranks in (0, 1).
-        logits: [n, K].
+        logits: [n, K]; those of two folds are not to be compared.
         fits: The probe of each fold.
     """
 
-    scores: np.ndarray
     logits: np.ndarray
     fits: list[Fitted]
 
@@ -129,7 +134,7 @@ def probed(
     said = [
         fitted.scores(features[parts.test.rows]) for fitted, parts in zip(fits, folds, strict=True)
     ]
-    return Probed(ranked(folds, said), joined(folds, said), fits)
+    return Probed(joined(folds, said), fits)
 
 
 def _fit(name: str, features: np.ndarray, parts: Parts, settings: Probe) -> Fitted:
@@ -138,14 +143,6 @@ def _fit(name: str, features: np.ndarray, parts: Parts, settings: Probe) -> Fitt
     if parts.turns:
         return best_in_turns(parts.turns, solve, train)
     return best_on(val, solve, train)
-
-
-def ranked(folds: Sequence[Parts], scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Scores of each fold's test images in the order of the embeddings, comparable across folds."""
-    if len(folds) > 1:
-        # Of n images the ranks lie in the middle of n equal steps.
-        scores = [(rankdata(one, axis=0) - 0.5) / len(one) for one in scores]
-    return joined(folds, scores)
 
 
 def counted(folds: Sequence[Parts]) -> dict[str, Any]:

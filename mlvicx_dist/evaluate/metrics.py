@@ -1,4 +1,9 @@
-"""AUROC and average precision, the ROC curve, and intervals that resample whole patients."""
+"""AUROC and average precision, the ROC curve, and intervals that resample whole patients.
+
+Where images are judged in folds, each by another probe, only images of one fold are compared: the
+AUROC is the part of all pairs of a positive and a negative of one fold that are in order, the
+average precision the mean over the positives of that in their fold.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,13 @@ class Areas(NamedTuple):
     auprc: np.ndarray
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+def auroc(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None = None) -> float:
     """Area under the ROC curve; ties count half.
 
     Args:
         scores: [n], finite.
         labels: [n], 0, 1 or NaN (left out).
+        folds: The fold of each, [n]; None: all are compared.
 
     Returns:
         The area; NaN where a class of labels is empty.
@@ -33,10 +39,12 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     Raises:
         DataError: a score is NaN or infinite.
     """
-    return float(_areas(scores, labels).auroc[0])
+    return float(_areas(scores, labels, folds).auroc[0])
 
 
-def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+def average_precision(
+    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None = None
+) -> float:
     """Area under the precision-recall curve: precision at each threshold times the recall gained.
 
     Step-wise, as scikit-learn's `average_precision_score`; tied scores are one threshold.
@@ -44,6 +52,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     Args:
         scores: [n], finite.
         labels: [n], 0, 1 or NaN (left out).
+        folds: The fold of each, [n]; None: all are compared.
 
     Returns:
         The area; NaN where a class of labels is empty.
@@ -51,12 +60,27 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     Raises:
         DataError: a score is NaN or infinite.
     """
-    return float(_areas(scores, labels).auprc[0])
+    return float(_areas(scores, labels, folds).auprc[0])
 
 
-def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates at every threshold, from (0, 0) to (1, 1)."""
+def roc_curve(
+    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates at every threshold, from (0, 0) to (1, 1).
+
+    Of folds the mean of their curves, each with the weight of its pairs.
+    """
     known = ~np.isnan(labels)
+    if folds is not None:
+        curves, pairs = [], []
+        for fold in np.unique(folds):
+            own = known & (folds == fold)
+            curves.append(roc_curve(scores[own], labels[own]))
+            pairs.append((labels[own] == 1).sum() * (labels[own] == 0).sum())
+        rates = np.unique(np.concatenate([false for false, _ in curves]))
+        weights = pairs if any(pairs) else None
+        curve = np.average([np.interp(rates, *one) for one in curves], axis=0, weights=weights)
+        return np.append(0, rates), np.append(0, curve)
     order = np.argsort(-scores[known], kind="stable")
     sorted_scores, positive = scores[known][order], labels[known][order]
     last = np.append(np.diff(sorted_scores) != 0, True)
@@ -65,7 +89,13 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def bootstrap_areas(
-    scores: np.ndarray, labels: np.ndarray, patients: np.ndarray, *, draws: int, seed: int
+    scores: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    folds: np.ndarray | None = None,
+    *,
+    draws: int,
+    seed: int,
 ) -> Areas:
     """The areas of every class under resampling of patients with replacement.
 
@@ -76,6 +106,7 @@ def bootstrap_areas(
         scores: [n, K].
         labels: [n, K], 0, 1 or NaN.
         patients: [n], any hashable values.
+        folds: The fold of each, [n]; None: all are compared.
         draws: Resamplings.
         seed: Of the resampling.
 
@@ -86,14 +117,12 @@ def bootstrap_areas(
         DataError: a score is NaN or infinite.
     """
     names, owner = np.unique(patients, return_inverse=True)
-    ranked = []
-    for k in range(scores.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        ranked.append(_Ranked(scores[known, k], labels[known, k], owner[known], len(names)))
-    areas = Areas(np.empty((draws, len(ranked))), np.empty((draws, len(ranked))))
+    count = scores.shape[1]
+    ranked = [_by_fold(scores[:, k], labels[:, k], owner, len(names), folds) for k in range(count)]
+    areas = Areas(np.empty((draws, count)), np.empty((draws, count)))
     for part, times in _resampled(len(names), draws, seed):
         for k, one in enumerate(ranked):
-            areas.auroc[part, k], areas.auprc[part, k] = one.areas(times)
+            areas.auroc[part, k], areas.auprc[part, k] = _areas_of(one, times)
     return areas
 
 
@@ -133,12 +162,38 @@ _CHUNK = 16
 """Draws computed together: what they need stays in a core's cache."""
 
 
-def _areas(scores: np.ndarray, labels: np.ndarray) -> Areas:
+def _areas(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None) -> Areas:
     """The areas of one class, [1] each."""
+    count = len(labels)
+    ranked = _by_fold(scores, labels, np.arange(count), count, folds)
+    return _areas_of(ranked, np.ones((count, 1)))
+
+
+def _by_fold(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    owner: np.ndarray,
+    patients: int,
+    folds: np.ndarray | None,
+) -> list[_Ranked]:
+    """The known images of one class, those of each fold by themselves."""
     known = ~np.isnan(labels)
-    count = int(known.sum())
-    ranked = _Ranked(scores[known], labels[known], np.arange(count), count)
-    return ranked.areas(np.ones((count, 1)))
+    parts = [known] if folds is None else [known & (folds == fold) for fold in np.unique(folds)]
+    return [_Ranked(scores[part], labels[part], owner[part], patients) for part in parts]
+
+
+def _areas_of(ranked: list[_Ranked], weights: np.ndarray) -> Areas:
+    """The areas for weights [patients, draws], [draws] each."""
+    sums = np.array([one.sums(weights) for one in ranked])
+    ranks, precisions, positives, negatives = np.moveaxis(sums, 1, 0)
+    both = (positives > 0) & (negatives > 0)
+    pairs = (positives * negatives).sum(0)
+    judged = (positives * both).sum(0)
+    defined = pairs > 0
+    return Areas(
+        np.where(defined, ranks.sum(0) / np.where(defined, pairs, 1), np.nan),
+        np.where(defined, (precisions * both).sum(0) / np.where(defined, judged, 1), np.nan),
+    )
 
 
 class _Ranked:
@@ -173,8 +228,11 @@ class _Ranked:
         self._tied = matrix(tied) if tied.any() else None
         self._negatives = np.bincount(owner[~positive], minlength=patients).astype(np.float64)
 
-    def areas(self, weights: np.ndarray) -> Areas:
-        """The areas for weights [patients, draws], [draws] each."""
+    def sums(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        """For weights [patients, draws] the sums that the areas are made of, [draws] each.
+
+        Pairs in order, precisions at the positives, positives and negatives.
+        """
         gained = self._positive @ weights
         true, false = np.cumsum(gained, axis=0), np.cumsum(self._negative @ weights, axis=0)
         positives, negatives = gained.sum(0), self._negatives @ weights
@@ -185,12 +243,7 @@ class _Ranked:
         # Before the first image that a draw holds both are 0, and nothing is gained.
         precision = true / np.maximum(true + false, 1)
         precisions = np.einsum("td,td->d", gained, precision)
-        defined = (positives > 0) & (negatives > 0)
-        some, others = np.where(defined, positives, 1), np.where(defined, negatives, 1)
-        return Areas(
-            np.where(defined, ranks / (some * others), np.nan),
-            np.where(defined, precisions / some, np.nan),
-        )
+        return ranks, precisions, positives, negatives
 
 
 def over_classes(areas: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ training reads them: a test patient among those that it learned from is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import DataError, UserError
-from mlvicx_dist.ingest.leaks import Hashed, hashed
+from mlvicx_dist.evaluate.parts import Parts
+from mlvicx_dist.ingest.leaks import Hashed, apart, hashed
 from mlvicx_dist.ingest.phash import as_words, near_pairs
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.progress import progress
@@ -24,24 +25,27 @@ from mlvicx_dist.stream.shardset import ShardSet
 from mlvicx_dist.train.left import left_settings
 
 
-def overlap_with_run(about: Sequence[dict[str, Any]], run_dir: Place) -> dict[str, Any]:
+def overlap_with_run(
+    about: Sequence[dict[str, Any]], folders: Sequence[str], run_dir: Place
+) -> dict[str, Any]:
     """The test images that are in the pretraining shards of a run.
 
     Args:
         about: The JSON of each test image, with its `key`.
+        folders: The shard folders that they are of.
         run_dir: Where `config.yaml` is.
 
     Returns:
         `tested`, the images looked for; `seen`, the images of the pretraining; `images`, how many
         of the tested ones are among them, `same_key` and `near_duplicates` of these by sample key
-        and by perceptual hash; `patients`, how many tested patients have an image there;
-        `init_from`, whether it began with other weights, whose images are not looked for. Or
-        `unknown`, why this cannot be told.
+        and by perceptual hash; `patients`, how many tested patients have an image there, as far as
+        is known; `patients_known`, whether all of them would be; `init_from`, whether it began with
+        other weights, whose images are not looked for. Or `unknown`, why this cannot be told.
     """
     try:
         config = run_config(run_dir)
         began = config.train.init_from is not None
-        return {**overlap(about, list(pretraining_images(config))), "init_from": began}
+        return {**overlap(about, folders, config, pretraining_images(config)), "init_from": began}
     except UserError as error:
         return {"unknown": str(error).rstrip(".")}
 
@@ -62,6 +66,7 @@ def run_config(run_dir: Place) -> PretrainConfig:
 def label_overlap(
     unseen: Sequence[dict[str, Any]],
     learned: Sequence[dict[str, Any]],
+    folders: Sequence[str],
     config: PretrainConfig,
     *,
     where: str,
@@ -71,19 +76,20 @@ def label_overlap(
     Args:
         unseen: The JSON of each image, with its `key`, whose patient it must not have learned from.
         learned: The same of the other images.
+        folders: The shard folders that both are of.
         config: The settings of the training.
         where: What is judged, for the sentence that refuses.
 
     Returns:
         `splits`, those whose labels it read; `images`, how many of `learned` it learned from;
-        `of`, how many these are.
+        `of`, how many these are; `patients_known` as in `overlap_with_run`.
 
     Raises:
         DataError: it learned from an image of `unseen`, a copy of one, or another of its patient.
         UserError: the shards cannot be read.
     """
     seen = list(labelled_images(config))
-    found = overlap(unseen, seen)
+    found = overlap(unseen, folders, config, seen)
     splits = config.loss.label_splits
     if found["images"] or found["patients"]:
         raise DataError(
@@ -92,13 +98,21 @@ def label_overlap(
             f"{' or '.join(splits)} of its shards), so it cannot be judged on them; "
             "train it without them, or judge it on other patients."
         )
-    among = overlap(learned, seen)["images"]
-    return {"splits": list(splits), "images": among, "of": len(learned)}
+    among = overlap(learned, folders, config, seen)["images"]
+    known = found["patients_known"]
+    return {"splits": list(splits), "images": among, "of": len(learned), "patients_known": known}
 
 
-def overlap(about: Sequence[dict[str, Any]], seen: Sequence[Hashed]) -> dict[str, Any]:
-    """The same for images of known hash; keys and patients agree where the salt does."""
+def overlap(
+    about: Sequence[dict[str, Any]],
+    folders: Sequence[str],
+    config: PretrainConfig,
+    images: Iterable[Hashed],
+) -> dict[str, Any]:
+    """The same for the images of a training, of known hash."""
+    seen = list(images)
     keys, patients = {one.key for one in seen}, {one.patient for one in seen}
+    own = [f"{one['source']}/{one['patient']}" for one in about]
     count = len(about)
     same = np.array([one["key"] in keys for one in about], dtype=bool)
     words = as_words([one["phash"] for one in about] + [one.phash for one in seen])
@@ -111,8 +125,18 @@ def overlap(about: Sequence[dict[str, Any]], seen: Sequence[Hashed]) -> dict[str
         "images": int((same | near).sum()),
         "same_key": int(same.sum()),
         "near_duplicates": int(near.sum()),
-        "patients": len({f"{one['source']}/{one['patient']}" for one in about} & patients),
+        # By key, or as those of the copies.
+        "patients": len(
+            {o for o, hit in zip(own, same | near, strict=True) if hit or o in patients}
+        ),
+        "patients_known": _patients_known(folders, [one.path for one in config.data.shards]),
     }
+
+
+def _patients_known(judged: Sequence[str], learned: Sequence[str]) -> bool:
+    """Whether a patient of each folder that is judged would have the same key in the training."""
+    there = [read_manifest(folder) for folder in learned]
+    return all(any(not apart(read_manifest(one), other) for other in there) for one in judged)
 
 
 def overlap_words(found: Mapping[str, Any]) -> str:
@@ -125,6 +149,8 @@ def overlap_words(found: Mapping[str, Any]) -> str:
             "{seen} ({same_key} by key, {near_duplicates} by near-duplicate hash), and images of "
             "{patients} test patients"
         ).format(**found)
+        if not found.get("patients_known", True):
+            words += " at least (salt or --name are others, so that patients cannot be compared)"
         if "labels" in found:
             words += "."
         elif found.get("init_from"):
@@ -143,8 +169,43 @@ def overlap_words(found: Mapping[str, Any]) -> str:
         return f"{words}; whether test patients are among them is unknown ({labels['unknown']})."
     return (
         f"{words}: {labels['images']} of the {labels['of']} images that the probe learns from or "
-        "is tuned on are among them, and no test patient."
+        "is tuned on are among them, "
+        + (
+            "and no test patient."
+            if labels.get("patients_known", True)
+            else "and no copy of a test image; patients cannot be compared (other salt or --name)."
+        )
     )
+
+
+def check_copies(about: Sequence[dict[str, Any]], folds: Sequence[Parts], shards: str) -> None:
+    """See that no probe is judged on a copy of an image that it learns from or is tuned on.
+
+    Patients hold apart the splits of one source; of two sources, one may have images of the other.
+
+    Args:
+        about: The JSON of each image.
+        folds: The splits, or the folds.
+        shards: Their folders, for the sentence that refuses.
+
+    Raises:
+        DataError: one is.
+    """
+    groups = np.full(len(about), -1)
+    for number, parts in enumerate(folds, 1):
+        if not parts.turns:
+            groups[parts.train.rows | parts.val.rows] = 0
+        groups[parts.test.rows] = number
+    chosen = groups >= 0
+    words = as_words([one["phash"] for one, kept in zip(about, chosen, strict=True) if kept])
+    pairs, _ = near_pairs(words, groups[chosen])
+    if len(pairs):
+        raise DataError(
+            f"{shards}: {len(pairs)} pairs of an image that is judged and one that the probe "
+            "learns from or is tuned on are copies (by perceptual hash); pack with "
+            "--near-duplicates drop, or leave one of the folders out ('mlvicx verify FOLDER "
+            "--against OTHER' lists them)."
+        )
 
 
 def labelled_images(config: PretrainConfig) -> Iterator[Hashed]:

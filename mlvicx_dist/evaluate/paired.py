@@ -27,6 +27,7 @@ def compare(
     patients: np.ndarray,
     classes: Sequence[str],
     settings: Bootstrap,
+    folds: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Areas of each encoder, and the first minus each other, a class and mean, with intervals.
 
@@ -36,6 +37,7 @@ def compare(
         patients: [n].
         classes: Their names.
         settings: The resampling.
+        folds: The fold of each image, [n]; None: all are compared.
 
     Returns:
         `auroc` and `auprc`, each for every encoder, `difference` (to the second) and `over_NAME`
@@ -47,12 +49,12 @@ def compare(
     for name, one in scores.items():
         values[name] = Areas(
             *(
-                np.array([area(one[:, k], labels[:, k]) for k in columns])
+                np.array([area(one[:, k], labels[:, k], folds) for k in columns])
                 for area in (auroc, average_precision)
             )
         )
         draws[name] = bootstrap_areas(
-            one, labels, patients, draws=settings.draws, seed=settings.seed
+            one, labels, patients, folds, draws=settings.draws, seed=settings.seed
         )
     undefined = np.isnan(next(iter(draws.values())).auroc).sum(0)
     result: dict[str, Any] = {}

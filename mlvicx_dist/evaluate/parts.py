@@ -61,8 +61,7 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
     """The splits and classes of the settings.
 
     Raises:
-        DataError: a split is empty, no class has both labels in each, or a patient is in the test
-            split and in another.
+        DataError: a split is empty, no class has both labels in each, or a patient is in two.
         ConfigError: a class does not exist.
     """
     names, all_labels = named_labels(embeddings, settings)
@@ -88,12 +87,18 @@ def parts_of(embeddings: Embeddings, settings: EvaluateConfig) -> Parts:
         Part(split, chosen, values[:, kept], patients[chosen])
         for split, chosen, values in zip(splits, rows, labels, strict=True)
     )
-    known = set(train.patients.tolist()) | set(val.patients.tolist())
-    if torn := len(known & set(test.patients.tolist())):
+    learned, tuned, judged = (set(part.patients.tolist()) for part in (train, val, test))
+    if torn := len((learned | tuned) & judged):
         raise DataError(
             f"{torn} patients of the split '{test.split}' of {shards} are in '{train.split}' or "
             f"'{val.split}' too, so the probe would be judged on patients it knows; pack these "
             "folders together, or leave one out."
+        )
+    if torn := len(learned & tuned):
+        raise DataError(
+            f"{torn} patients of the split '{val.split}' of {shards} are in '{train.split}' too, "
+            "so the probe would be tuned on patients it knows; pack these folders together, or "
+            "leave one out."
         )
     return Parts(train, val, test, classes, left_out)
 

@@ -26,6 +26,7 @@ def subgroups(
     about: Sequence[dict[str, Any]],
     classes: Sequence[str],
     settings: EvaluateConfig,
+    folds: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The comparison of the encoders in each subgroup.
 
@@ -36,6 +37,7 @@ def subgroups(
         about: What is known of each image.
         classes: Names.
         settings: Resampling and age bands.
+        folds: The fold of each image, [n]; None: all are compared.
 
     Returns:
         By name, such as `age 40-64`: `images`, `patients`, `positives` and `left_out` by class, and
@@ -55,7 +57,14 @@ def subgroups(
         }
         if kept:
             part = {encoder: one[chosen][:, columns] for encoder, one in scores.items()}
-            judged = compare(part, values[:, columns], patients[chosen], kept, settings.bootstrap)
+            judged = compare(
+                part,
+                values[:, columns],
+                patients[chosen],
+                kept,
+                settings.bootstrap,
+                None if folds is None else folds[chosen],
+            )
             result[name] |= judged["auroc"] | {"undefined_draws": judged["undefined_draws"]}
     return result
 

@@ -21,8 +21,8 @@ from mlvicx_dist.config import EvaluateConfig, PretrainConfig
 from mlvicx_dist.errors import DataError, DivergenceError, UserError
 from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
 from mlvicx_dist.evaluate.few import share_areas, shares_of
-from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed
-from mlvicx_dist.evaluate.overlap import overlap, pretraining_images
+from mlvicx_dist.evaluate.folds import all_judged, counted, fold_of, folds_of, probed
+from mlvicx_dist.evaluate.overlap import check_copies, overlap, pretraining_images
 from mlvicx_dist.evaluate.parts import Parts, splits_of
 from mlvicx_dist.evaluate.subgroups import members
 from mlvicx_dist.progress import progress
@@ -42,6 +42,7 @@ class Images:
         groups: Which images are in each subgroup, bool [n].
         about: JSON values: `classes`, `left_out`, `splits`, `shares` of the training patients,
             `overlap` with the pretraining.
+        folds: Which fold judges each, [n]; None without folds.
     """
 
     labels: np.ndarray
@@ -49,6 +50,7 @@ class Images:
     keys: np.ndarray
     groups: dict[str, np.ndarray]
     about: dict[str, Any]
+    folds: np.ndarray | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -61,7 +63,7 @@ class Scores:
     """What one encoder's probe says of the test images.
 
     Attributes:
-        probe: Scores, [n, K]; of folds ranks.
+        probe: Logits, [n, K]; those of two folds are not to be compared.
         validation_auroc: The probe's on the validation images, mean over the classes and folds.
         few: For each share of the training patients the mean AUROC of each draw, [D], and the same
             under resampled patients, [D, R]; None where no class can be judged.
@@ -86,6 +88,7 @@ def images_of(task: EvaluateConfig, pretraining: PretrainConfig) -> Images:
     )
     known = Embeddings((), labels_of(about, classes), classes, tuple(about))
     folds = folds_of(known, task)
+    check_copies(about, folds, ", ".join(task.data.shards))
     parts, test = folds[0], all_judged(folds)
     about_test = known.about_of(test.rows)
     shares = shares_of(parts, task.few_labels) if task.few_labels else []
@@ -101,6 +104,7 @@ def images_of(task: EvaluateConfig, pretraining: PretrainConfig) -> Images:
             "shares": [share.about(parts) for share in shares],
             "overlap": _overlap(task, pretraining, about_test),
         },
+        fold_of(folds),
     )
 
 
@@ -143,7 +147,7 @@ def score(
         )
     found = probed(name, features, folds, task)
     return Scores(
-        found.scores,
+        found.logits,
         found.validation_auroc,
         _few(name, features, folds[0], task),
         plane(features[test.rows]),
@@ -183,7 +187,7 @@ def _overlap(
     if not task.overlap:
         return {"unknown": "overlap is off"}
     try:
-        return overlap(tested, list(pretraining_images(pretraining)))
+        return overlap(tested, task.data.shards, pretraining, pretraining_images(pretraining))
     except UserError as error:
         return {"unknown": str(error).rstrip(".")}
 
@@ -191,11 +195,10 @@ def _overlap(
 def write_images(path: Place, images: Images) -> None:
     """Write what is known of a task's images, whole or not at all."""
     groups = np.array([*images.groups.values()], bool).reshape(-1, len(images.labels))
-    _write(
-        path,
-        {**images.about, "groups": list(images.groups)},
-        {"labels": images.labels, "patients": images.patients, "keys": images.keys, "in": groups},
-    )
+    arrays = {"labels": images.labels, "patients": images.patients, "keys": images.keys}
+    if images.folds is not None:
+        arrays["folds"] = images.folds
+    _write(path, {**images.about, "groups": list(images.groups)}, {**arrays, "in": groups})
 
 
 def read_images(path: Place) -> Images | None:
@@ -205,7 +208,8 @@ def read_images(path: Place) -> Images | None:
         return None
     about, arrays = found
     groups = dict(zip(about.pop("groups"), arrays["in"], strict=True))
-    return Images(arrays["labels"], arrays["patients"], arrays["keys"], groups, about)
+    labels, patients, keys = (arrays[name] for name in ("labels", "patients", "keys"))
+    return Images(labels, patients, keys, groups, about, arrays.get("folds"))
 
 
 def write_scores(path: Place, scores: Scores) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.progress import plain
+from mlvicx_dist.progress import answer, plain
 from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ def run_sharding(
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
         return exit_code(asked)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        print(plain("\n".join(_lines(document))))
+    answer(json.dumps(document) if options.json else plain("\n".join(_lines(document))))
     return 0
 
 

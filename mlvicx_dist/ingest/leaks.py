@@ -66,6 +66,15 @@ def torn_patients(images: Iterable[Hashed]) -> int:
     return sum(len(found) > 1 for found in splits.values())
 
 
+def apart(one: Manifest, other: Manifest) -> str:
+    """Why the patients of two folders have no keys in common; empty if they may have."""
+    if one.salt_digest != other.salt_digest:
+        return "with another salt"
+    if one.sources.keys().isdisjoint(other.sources):
+        return f"under another --name ({', '.join(sorted(other.sources))})"
+    return ""
+
+
 def hashed(manifest: Manifest) -> Iterator[Hashed]:
     """The images of a shard folder; the hashes stand in their JSON.
 

@@ -27,7 +27,8 @@ class Fractions:
 
     def __post_init__(self) -> None:
         parts = (self.train, self.val, self.test)
-        if min(parts) < 0 or abs(sum(parts) - 1) > 1e-9 or self.train <= 0:
+        # So that it holds for what is no number too.
+        if not (min(parts) >= 0 and abs(sum(parts) - 1) <= 1e-9 and self.train > 0):
             raise ConfigError(
                 f"--fractions {parts}: give train, val and test parts that sum to 1, "
                 "as in 0.7,0.1,0.2."

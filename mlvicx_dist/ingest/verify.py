@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.leaks import Hashed, Leak, find_leaks, hashed, torn_patients
+from mlvicx_dist.ingest.leaks import Hashed, Leak, apart, find_leaks, hashed, torn_patients
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, OLDEST_AGE, VIEWS
 from mlvicx_dist.ingest.shards import (
     Manifest,
@@ -89,7 +89,7 @@ class Verdict:
         """The verdict in words."""
         lines = [*self.notes, *self.problems]
         if self.problems:
-            lines.append(f"{len(self.problems)} problems; to mend them, {self.repair}.")
+            lines.append(f"{len(self.problems)} problems; to mend a damaged shard, {self.repair}.")
         else:
             lines.append(f"{self.folder}: {self.samples} samples in {self.shards} shards, whole.")
         for leak in self.leaks[:20]:
@@ -172,25 +172,21 @@ def verify(
         notes=tuple(
             f"{other.folder}: packed {why}, so only its images can be compared, not its patients."
             for other in others
-            if (why := _apart(manifest, other))
+            if (why := apart(manifest, other))
         ),
     )
-
-
-def _apart(one: Manifest, other: Manifest) -> str:
-    """Why the patients of two folders have no keys in common; empty if they may have."""
-    if one.salt_digest != other.salt_digest:
-        return "with another salt"
-    if one.sources.keys().isdisjoint(other.sources):
-        return f"under another --name ({', '.join(sorted(other.sources))})"
-    return ""
 
 
 def _torn(images: Sequence[Hashed], manifests: Sequence[Manifest], salt_digest: str) -> list[str]:
     """Patients who are in two splits of the folders that share a salt."""
     folders = sorted({str(m.folder) for m in manifests if m.salt_digest == salt_digest})
     torn = torn_patients(image for image in images if image.where in folders)
-    return [f"{', '.join(folders)}: {torn} patients are in two splits"] if torn else []
+    if not torn:
+        return []
+    return [
+        f"{', '.join(folders)}: {torn} patients are in two splits; pack these folders together, or "
+        "do not use them together"
+    ]
 
 
 @dataclass(frozen=True)

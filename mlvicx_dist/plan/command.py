@@ -134,6 +134,8 @@ def _loading(
     else:
         said.append(f"an image is stored in {IMAGE_BYTES / 1000:g} kB")
     processes = max(config.data.loader_workers, 1)
+    if not config.data.loader_workers:
+        said.append("data.loader_workers is 1: with 0 a batch is loaded between steps")
     if machines.gpu and machines.cores:
         # A core of each worker is that of its training process.
         free = max(machines.cores // machines.per_node - 1, 1)

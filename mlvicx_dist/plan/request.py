@@ -110,10 +110,11 @@ def machines_for(config: PretrainConfig, request: Request) -> Machines:
     """
     _check(request)
     workers = request.gpus or config.workers.num
+    asked = "--gpus" if request.gpus else "workers.num"
     if workers > config.train.batch_size:
         raise ResourceError(
-            f"--gpus is {workers}, but a batch of {config.train.batch_size} images cannot be "
-            "shared by more workers than that; lower --gpus or raise train.batch_size."
+            f"{asked} is {workers}, but a batch of {config.train.batch_size} images cannot be "
+            f"shared by more workers than that; lower {asked} or raise train.batch_size."
         )
     if request.cluster:
         return _of_cluster(request.cluster, read_cluster(request.cluster), request, workers)

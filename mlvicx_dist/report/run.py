@@ -16,6 +16,7 @@ from mlvicx_dist.report import charts
 from mlvicx_dist.report.contact import contacts, for_page
 from mlvicx_dist.storage import Place
 from mlvicx_dist.stream.cache import cache_of
+from mlvicx_dist.train.card import labels_read
 from mlvicx_dist.train.left import left_json, left_settings
 from mlvicx_dist.train.runlog import read_rows
 
@@ -42,6 +43,7 @@ def of_run(run_dir: Place) -> dict[str, Any]:
         "run_dir": run_dir,
         "config": config,
         "method": METHODS[config.method],
+        "labels": labels_read(to_tree(config)),
         "changed": _changed(config),
         "settings": yaml.safe_dump(to_tree(config), sort_keys=False),
         "state": _state(run_dir, rows),

@@ -78,7 +78,7 @@ def model_card(
         training=training,
         method=METHODS[settings["method"]] if settings else "",
         start=_start(settings) if settings else "",
-        labels=_labels(settings),
+        labels=labels_read(settings),
         mean=mean,
         std=std,
         evaluation=evaluation,
@@ -91,11 +91,11 @@ def _start(settings: Mapping[str, Any]) -> str:
     return ELSEWHERE if settings["train"]["init_from"] else STARTS[settings["model"]["init"]]
 
 
-def _labels(settings: Mapping[str, Any]) -> str:
-    """What of labels the training read, in the words of the card's title."""
+def labels_read(settings: Mapping[str, Any]) -> str:
+    """What of labels the training read, in words that follow 'pretrained on chest radiographs'."""
     if settings.get("method") != SUPERVISED:
         return "without labels"
-    return f"with the labels of {', '.join(settings['model']['classes'])}"
+    return f"with the labels of {', '.join(settings['model']['classes'] or ['all classes'])}"
 
 
 def _named(values: Mapping[str, Any], form: str) -> str:

@@ -101,7 +101,8 @@ def confirm(plan: Plan, leader: Record, stop: Stop, *, at_once: int) -> Confirme
     config, base = plan.config, plan.space.base
     seeds = [base.train.seed + 1 + k for k in range(config.confirm.seeds)]
     known = _known(plan.folder / FILE)
-    if not seeds or (known and (known.trial, known.seeds) == (leader.number, seeds)):
+    asked = (leader.number, seeds, config.confirm.bootstrap.confidence)
+    if not seeds or (known and (known.trial, known.seeds, known.confidence) == asked):
         return known if seeds else None
     runs = plan.folder / "confirm"
     # Another best trial, once there are more trials, has runs of its own.

@@ -126,8 +126,9 @@ def test_gradients_and_loader_are_beside_a_step():
     slow = findings.gradients(1e8, 10**8, 2.0)
     assert slow.state == "warn" and slow.words.startswith("4 s for those of 100 million")
     assert findings.gradients(1e8, 10**8, 2.0, "bf16").words.startswith("2 s for those of 100")
-    assert findings.loading(300.0, 40.0).state == "ok"
-    assert findings.loading(30.0, 40.0).state == "warn"
+    assert findings.loading(300.0, 40.0, 1).state == "ok"
+    assert findings.loading(30.0, 40.0, 1).state == "warn"
+    assert "between steps" in findings.loading(300.0, 40.0, 0).words
 
 
 def test_a_line_has_state_name_words_and_remedy():

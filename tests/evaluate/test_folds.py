@@ -9,8 +9,8 @@ from mlvicx_dist.config import EvaluateConfig, parse_config
 from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.evaluate.embed import Embeddings
 from mlvicx_dist.evaluate.evaluation import evaluate
-from mlvicx_dist.evaluate.folds import all_judged, counted, folds_of, probed
-from mlvicx_dist.evaluate.probe import mean_auroc
+from mlvicx_dist.evaluate.folds import all_judged, counted, fold_of, folds_of, probed
+from mlvicx_dist.evaluate.metrics import auroc, average_precision, bootstrap_areas, roc_curve
 from mlvicx_dist.evaluate.summary import summary
 
 
@@ -72,15 +72,14 @@ def test_what_is_judged_is_in_the_order_of_the_images(embeddings):
     for parts, fitted in zip(folds, found.fits, strict=True):
         own = fitted.scores(embeddings.features[0][parts.test.rows])
         assert np.array_equal(found.logits[parts.test.rows], own)
-        # Compared by their ranks in the fold.
-        assert np.array_equal(np.argsort(found.scores[parts.test.rows], 0), np.argsort(own, 0))
-    assert 0 < found.scores.min() < 0.02 and 0.98 < found.scores.max() < 1
+    fold = fold_of(folds)
+    assert all((fold[parts.test.rows] == k).all() for k, parts in enumerate(folds))
     assert 0.5 < found.validation_auroc < 1
 
 
 def test_an_encoder_that_knows_nothing_is_at_chance():
     """A fold with more positives has a probe that expects fewer: pooled logits rank below."""
-    by_rank, by_logit = [], []
+    apart, pooled = [], []
     for seed in range(20):
         rng = np.random.default_rng(seed)
         features = rng.normal(size=(200, 4)).astype(np.float32)
@@ -92,10 +91,48 @@ def test_an_encoder_that_knows_nothing_is_at_chance():
         strong = settings(probe={"l2": [1e3]})
         folds = folds_of(found, strong)
         said = probed("pretrained", features, folds, strong)
-        by_rank.append(mean_auroc(said.scores, labels))
-        by_logit.append(mean_auroc(said.logits, labels))
-    assert np.mean(by_logit) < 0.46
-    assert abs(np.mean(by_rank) - 0.5) < 0.04
+        apart.append(auroc(said.logits[:, 0], labels[:, 0], fold_of(folds)))
+        pooled.append(auroc(said.logits[:, 0], labels[:, 0]))
+    assert np.mean(pooled) < 0.46
+    assert abs(np.mean(apart) - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_scores_that_are_right_in_each_fold_are_right(share):
+    """Wherever the folds lie, whatever their shares of positives, and where labels are missing."""
+    rng = np.random.default_rng(0)
+    folds = rng.integers(0, 5, 150)
+    labels = (rng.random(150) < share * (1 + (folds == 0))).astype(float)
+    labels[(folds == 1) & (rng.random(150) < 0.5)] = np.nan
+    scores = np.nan_to_num(labels, nan=0.5) + 0.1 * rng.random(150) + rng.normal(size=5)[folds]
+    assert auroc(scores, labels, folds) == average_precision(scores, labels, folds) == 1
+    assert auroc(scores, labels) < 0.9
+    false, true = roc_curve(scores, labels, folds)
+    assert (true[false > 0] == 1).all()
+    drawn = bootstrap_areas(
+        scores[:, None], labels[:, None], np.arange(150), folds, draws=50, seed=0
+    )
+    assert (drawn.auroc == 1).all() and (drawn.auprc == 1).all()
+
+
+def test_areas_of_folds_are_those_of_their_pairs():
+    rng = np.random.default_rng(1)
+    folds, labels = rng.integers(0, 3, 60), rng.integers(0, 2, 60).astype(float)
+    scores = np.round(rng.normal(size=60) + labels, 1)
+    pairs = [
+        (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
+        for i in np.flatnonzero(labels == 1)
+        for j in np.flatnonzero(labels == 0)
+        if folds[i] == folds[j]
+    ]
+    assert auroc(scores, labels, folds) == pytest.approx(np.mean(pairs), abs=1e-12)
+    precisions = [average_precision(scores[folds == k], labels[folds == k]) for k in range(3)]
+    positives = [labels[folds == k].sum() for k in range(3)]
+    expected = np.average(precisions, weights=positives)
+    assert average_precision(scores, labels, folds) == pytest.approx(expected, abs=1e-12)
+    assert auroc(scores, labels, np.zeros(60)) == auroc(scores, labels)
+    false, true = roc_curve(scores, labels, folds)
+    assert abs(np.trapezoid(true, false) - np.mean(pairs)) < 0.03
 
 
 def test_the_judged_labels_choose_nothing(embeddings):
@@ -140,7 +177,7 @@ def test_what_cannot_be_is_said(embeddings):
     for key, value in {"few_labels": {}, "fine_tune": {}, "segment": {}, "localise": True}.items():
         with pytest.raises(ConfigError, match=f"{key} needs the splits, which folds do away with"):
             settings(**{key: value})
-    with pytest.raises(ConfigError, match="are one split, but folds are dealt from three"):
+    with pytest.raises(ConfigError, match="val must be a split of its own"):
         settings(data={"shards": ["x"], "val": "train"})
 
 

@@ -60,8 +60,12 @@ def test_a_pattern_finds_the_patient_in_a_folder_too(folder):
 @pytest.mark.parametrize(
     ("folders", "splits", "words"),
     [
-        (("train", "val", "test"), ("train", "val", "test"), "test, train, val."),
-        (("Training", "Test"), ("train_val", "test"), "test, train_val, the first"),
+        (("train", "val", "test"), ("train", "val", "test"), "by subfolder: test, train, val."),
+        (
+            ("Training", "Test"),
+            ("train_val", "test"),
+            "by subfolder: Test, Training; train is cut by patient into train and val.",
+        ),
     ],
 )
 def test_subfolders_that_are_all_splits_hold_the_classes(tmp_path, folders, splits, words):

@@ -3,7 +3,9 @@
 import io
 
 import numpy as np
+import pytest
 
+from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.sources.anatomy import CLASSES, draw_phantom
 from mlvicx_dist.ingest.sources.phantom import write_phantoms
@@ -39,3 +41,16 @@ def test_files_are_resumed_and_dicom_reads_as_drawn(phantom_files, phantom_recor
     before = {p: p.stat().st_mtime_ns for p in phantom_files.rglob("*.png")}
     write_phantoms(phantom_files, 60, size_px=64)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_phantoms_of_another_population_are_not_kept_under_these_labels(tmp_path):
+    write_phantoms(tmp_path, 2, size_px=32)
+    first = (tmp_path / "labels.csv").read_bytes()
+    write_phantoms(tmp_path, 3, size_px=32)
+    assert (tmp_path / "labels.csv").read_bytes().startswith(first.rstrip())
+    for changes in ({"seed": 1}, {"size_px": 48}):
+        with pytest.raises(DataError, match="phantoms of another seed, size or DICOM fraction"):
+            write_phantoms(tmp_path, 2, **{"size_px": 32, **changes})
+    for changes in ({"seed": -1}, {"size_px": 0}, {"dicom_fraction": float("nan")}):
+        with pytest.raises(ConfigError, match="phantoms: count 2"):
+            write_phantoms(tmp_path / "new", 2, **changes)

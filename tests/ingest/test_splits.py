@@ -1,5 +1,6 @@
 """Splits: by patient, by construction."""
 
+import math
 from collections import Counter, defaultdict
 
 import pytest
@@ -56,6 +57,7 @@ def test_a_patient_in_two_official_splits_is_an_error():
         assign([record(1, 1, "train"), record(2, 1, "test")], salt=SALT, fractions=Fractions())
 
 
-def test_fractions_that_do_not_sum_to_one_are_refused():
+@pytest.mark.parametrize("parts", [(0.5, 0.1, 0.1), (math.nan,) * 3, (0.0, 0.5, 0.5)])
+def test_fractions_that_do_not_sum_to_one_are_refused(parts):
     with pytest.raises(ConfigError, match="sum to 1"):
-        Fractions(0.5, 0.1, 0.1)
+        Fractions(*parts)

@@ -116,8 +116,8 @@ def list_folder(
         for path in paths
     ]
     if splits:
-        cut = ", the first of which is cut by patient" if TRAIN_VAL in splits.values() else ""
-        notes.append(f"{source}: splits by subfolder: {', '.join(sorted(splits.values()))}{cut}.")
+        cut = "; train is cut by patient into train and val" if TRAIN_VAL in splits.values() else ""
+        notes.append(f"{source}: splits by subfolder: {', '.join(sorted(splits))}{cut}.")
     if names:
         notes.append(f"{source}: classes by subfolder, named in the shards: {', '.join(names)}.")
     if len(paths) < len(found):

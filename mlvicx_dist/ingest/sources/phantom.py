@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import ConfigError, DataError
 from mlvicx_dist.ingest.sources.anatomy import BITS, CLASSES, Phantom, draw_phantom
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
 from mlvicx_dist.storage import write_whole
 
 TABLE = "labels.csv"
+POPULATION = "population.json"
+SMALLEST_PX = 32
 HEADER = ("path", "labels", "patient", "split", "view", "sex", "age")
 CHUNK = 16
 SALT = bytes(32)
@@ -44,7 +48,7 @@ def write_phantoms(
     workers: int | None = 1,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw `count` phantoms, one patient each, into files; files that are there are left.
+    """Draw `count` phantoms, one patient each, into files; those of this population are left.
 
     Args:
         out: The folder.
@@ -59,12 +63,20 @@ def write_phantoms(
         The path of the CSV that names them all, written last.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or holds phantoms of another population.
+        ConfigError: a number is out of range.
     """
+    if not (seed >= 0 and size_px >= SMALLEST_PX and 0 <= dicom_fraction <= 1 and count > 0):
+        raise ConfigError(
+            f"phantoms: count {count}, seed {seed}, size {size_px} px, DICOM fraction "
+            f"{dicom_fraction}: give 1 or more, 0 or more, {SMALLEST_PX} or more, and 0 to 1."
+        )
+    population = {"seed": seed, "size_px": size_px, "dicom_fraction": dicom_fraction}
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     tasks = [_Task(out, chunk, seed, size_px, dicom_fraction) for chunk in chunks]
     rows: list[tuple[str, ...]] = []
     try:
+        _check_population(out, population)
         for folder in ("images", "dicom"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         for _, part in in_parallel(_write_chunk, tasks, workers=workers):
@@ -80,6 +92,24 @@ def write_phantoms(
             "another folder."
         ) from None
     return out / TABLE
+
+
+def _check_population(out: Path, population: dict[str, Any]) -> None:
+    """Note whose images are in the folder.
+
+    Raises:
+        DataError: those of another population, which would be kept under these labels.
+    """
+    path = out / POPULATION
+    if (out / "images").exists() and (
+        not path.exists() or json.loads(path.read_bytes()) != population
+    ):
+        raise DataError(
+            f"{out}: there are phantoms of another seed, size or DICOM fraction in it; remove it, "
+            "or give another folder."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(population).encode())
 
 
 def _number(row: tuple[str, ...]) -> str:

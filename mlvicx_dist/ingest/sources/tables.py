@@ -143,7 +143,7 @@ class Files:
             return found
         raise DataError(
             f"{self.source}: {' or '.join(names)} is not in it; give the folder of the data set "
-            f"as it was unpacked, or the file itself with {option}."
+            f"as it was unpacked, or {option}."
         )
 
     def labels(self, given: str | Path | None, *names: str) -> Table:
@@ -152,7 +152,9 @@ class Files:
         Raises:
             DataError: there is none, or it cannot be read.
         """
-        return read_table(place(given) if given else self.one(*names, option="--labels"))
+        return read_table(
+            place(given) if given else self.one(*names, option="the file itself with --labels")
+        )
 
     def by_stem(self, suffixes: Sequence[str]) -> dict[str, str]:
         """Paths, as records hold them, of the files with one of the suffixes, by name without it.
