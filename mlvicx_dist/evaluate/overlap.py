@@ -135,8 +135,8 @@ def overlap(
 
 def _patients_known(judged: Sequence[str], learned: Sequence[str]) -> bool:
     """Whether a patient of each folder that is judged would have the same key in the training."""
-    there = [read_manifest(folder) for folder in learned]
-    return all(any(not apart(read_manifest(one), other) for other in there) for one in judged)
+    here, there = ([read_manifest(folder) for folder in each] for each in (judged, learned))
+    return all(any(not apart(one, other) for other in there) for one in here)
 
 
 def overlap_words(found: Mapping[str, Any]) -> str:
