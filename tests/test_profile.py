@@ -39,6 +39,7 @@ def config(phantom_shards, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_where_the_time_of_a_step_goes(config, tmp_path, capsys):
     trace = tmp_path / "trace.json.gz"
     assert main(["profile", str(config), "--steps", "2", "--out", str(trace), "--json"]) == 0

@@ -136,7 +136,8 @@ def test_an_encoder_that_learned_labels_says_so_or_is_refused(
     config = settings(disc_shards, overlap=False)
     run_of(["train"])
     result, _ = evaluate_checkpoint(folder, config)
-    assert result["overlap"]["labels"] == {"splits": ["train"], "images": 48, "of": 64}
+    found = {"splits": ["train"], "images": 48, "of": 64, "patients_known": True}
+    assert result["overlap"]["labels"] == found
     assert "learned the labels of the split train" in words(result)
     (tmp_path / "run" / "config.yaml").write_text("")
     result, _ = evaluate_checkpoint(folder, config)

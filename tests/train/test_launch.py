@@ -141,6 +141,7 @@ class TestInOneCluster:
         last = error.strip().splitlines()[-1]
         assert re.search(r"damaged/train-\d+\.tar: .*mlvicx verify", last)
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_names_step_term_and_level(self, config, capsys):
         overrides = ["train.learning_rate_per_256=1e30", "train.warmup_epochs=0"]
         assert main(command(config, *overrides)[3:]) == 1

@@ -72,6 +72,7 @@ def test_a_look_moves_nothing(run, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_finds(run, tmp_path):
     rows = {}
     for world_size in (1, 2):
