@@ -68,6 +68,7 @@ def seen(laptop):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_nodes_come_die_and_leave_nothing(laptop):
     foreign = python(FOREIGN, env={})
     assert foreign.stdout.readline() == "1\n"

@@ -44,6 +44,7 @@ def kill(pid):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_machine_on_a_bad_day(attacked, steps_per_epoch):
     run = attacked()
     run.start()

@@ -79,6 +79,7 @@ def test_a_worker_that_does_not_fit_is_told(config, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_machine_within_a_minute(config):
     began = time.monotonic()
     document, code, _ = doctor(config)

@@ -206,6 +206,7 @@ def test_settings_of_another_kind_are_refused(capsys):
 @pytest.mark.parametrize(
     ("backbone", "side", "rows"), [("resnet18", 96, 16), ("resnet18", 224, 6), ("resnet50", 128, 6)]
 )
+@pytest.mark.alone
 def test_a_step_on_this_cpu_takes_what_was_foretold_within_a_quarter(backbone, side, rows):
     """By the time of this process, on one thread, the least of three: what else runs only adds."""
     settings = load_as(

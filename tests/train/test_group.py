@@ -204,6 +204,7 @@ def test_rows_that_a_full_disk_refused_come_with_the_next_ones(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_worker_waits_for_nobody_that_takes_its_rows(tmp_path):
     """Ray Train's own `report` takes one row a look at the workers, which is a second."""
 

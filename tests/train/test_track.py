@@ -165,6 +165,7 @@ def test_mlflow_has_the_rows_of_a_run_that_went_on(phantom_shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_server_that_is_gone_does_not_hold_training_up(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

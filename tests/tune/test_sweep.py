@@ -80,6 +80,7 @@ def ray():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.alone
 def test_a_sweep_to_its_end_with_one_trial_that_diverges(ray, phantom_shards, tmp_path, capsys):
     settings = tree(phantom_shards, tmp_path / "sweeps", confirm__seeds=1)
     settings["space"]["train.learning_rate_per_256"] = {"choice": [1e-3, LOUD]}
