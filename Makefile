@@ -24,10 +24,9 @@ help:
 	@echo "make audit     look the pins up among the known vulnerabilities"
 	@echo "make release   audit, build and try a release, with a bill of materials, in dist/"
 
-# Not compiled: Python does that to the few modules that are imported, when they are.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(READY)
