@@ -41,7 +41,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not chaos and not cluster and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not alone and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout=900 -m "slow and not alone and not gpu"
 	$(BIN)/python -m pytest -m "slow and alone and not gpu"
 
 chaos: $(READY)

@@ -8,7 +8,7 @@ from typed import MLVICX, run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_demo_shows_that_pretraining_helps(tmp_path):
     done = run(*MLVICX, "demo", "--out", str(tmp_path / "demo"), "--json")
     assert done.returncode == 0, done.stderr[-2000:]

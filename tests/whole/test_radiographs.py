@@ -11,7 +11,7 @@ from typed import MLVICX, ROOT, run
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_real_radiographs_by_the_commands_of_the_readme(shared_data, tmp_path, laptop):
     # One cluster for all of them: a private one each would take a minute more.
     laptop.up(1, cpus=2)

@@ -32,7 +32,7 @@ esac
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_tutorial_as_it_is_typed(tmp_path, laptop):
     """What its blocks say, line by line; trainings are short, their views and backbone small.
 
