@@ -46,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mlvicx: stopped", file=sys.stderr)
         return exit_code(asked)
-    if options.json:
-        answer(json.dumps(found.document))
-    elif found.lines:
-        answer(plain("\n".join(found.lines)))
-    return int(found.code)
+    text = json.dumps(found.document) if options.json else plain("\n".join(found.lines))
+    written = not text or answer(text)
+    return int(found.code) if written else 1
 
 
 def build_parser() -> argparse.ArgumentParser:

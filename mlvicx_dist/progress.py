@@ -113,13 +113,20 @@ def say(line: str) -> None:
         print(plain(line), file=sys.stderr, flush=True)
 
 
-def answer(text: str) -> None:
-    """Print what a command found; that it is not read to its end, as by `head`, is no error."""
+def answer(text: str) -> bool:
+    """Print what a command found; whether it could be.
+
+    That it is not read to its end, as by `head`, is no error; a full disk is one, which is said.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # Python would try again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            say(f"the answer cannot be written ({error.strerror}); make room where stdout goes.")
+            return False
+    return True
 
 
 def plain(text: str) -> str:

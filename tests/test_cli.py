@@ -145,3 +145,13 @@ def test_an_answer_that_is_not_read_to_its_end_is_no_error():
 def test_overrides_without_settings_are_refused(capsys):
     assert main(["doctor", "--set", "workers.num=4"]) == 2
     assert "it changes settings; give a CONFIG too" in capsys.readouterr().err
+
+
+def test_an_answer_that_cannot_be_written_is_one_sentence(phantom_shards):
+    script = "from mlvicx_dist.cli import main; raise SystemExit(main(['verify', 'CONFIG', '--workers', '1']))"
+    command = [sys.executable, "-c", script.replace("CONFIG", str(phantom_shards))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "the answer cannot be written (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr

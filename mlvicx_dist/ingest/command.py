@@ -46,8 +46,8 @@ def run_sharding(
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
         return exit_code(asked)
-    answer(json.dumps(document) if options.json else plain("\n".join(_lines(document))))
-    return 0
+    text = json.dumps(document) if options.json else plain("\n".join(_lines(document)))
+    return 0 if answer(text) else 1
 
 
 def build_parser(

@@ -34,7 +34,7 @@ class Agreement:
 
         With `stay` rank 0 does not pass on that the group may grow: it could not save.
         """
-        own = notices.word() if self.rank == 0 or self.world_size == 1 else Notice.NONE
+        own = notices.word() if self.rank == 0 else Notice.NONE
         if stay and own is Notice.REGROUP:
             own = Notice.NONE
         if self.world_size == 1:

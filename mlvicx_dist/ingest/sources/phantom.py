@@ -100,16 +100,14 @@ def _check_population(out: Path, population: dict[str, Any]) -> None:
     Raises:
         DataError: those of another population, which would be kept under these labels.
     """
-    path = out / POPULATION
-    if (out / "images").exists() and (
-        not path.exists() or json.loads(path.read_bytes()) != population
-    ):
+    path, wanted = out / POPULATION, json.dumps(population).encode()
+    if (out / "images").exists() and not (path.exists() and path.read_bytes() == wanted):
         raise DataError(
             f"{out}: there are phantoms of another seed, size or DICOM fraction in it; remove it, "
             "or give another folder."
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(population).encode())
+    write_whole(path, wanted)
 
 
 def _number(row: tuple[str, ...]) -> str:
