@@ -148,8 +148,7 @@ def test_overrides_without_settings_are_refused(capsys):
 
 
 def test_an_answer_that_cannot_be_written_is_one_sentence(phantom_shards):
-    script = "from mlvicx_dist.cli import main; raise SystemExit(main(['verify', 'CONFIG', '--workers', '1']))"
-    command = [sys.executable, "-c", script.replace("CONFIG", str(phantom_shards))]
+    command = [sys.executable, "-m", "mlvicx_dist", "verify", str(phantom_shards), "--workers", "1"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
