@@ -24,6 +24,7 @@ NAMES = (
     "loader",
     "ingest",
     "scaling",
+    "choices",
     "startup",
     "checkpoint",
     "sweep_overhead",

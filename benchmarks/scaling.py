@@ -114,11 +114,13 @@ class Bench:
 Start = Callable[[Path, int], "subprocess.Popen[bytes]"]
 
 
-def by_torchrun(path: Path, workers: int) -> subprocess.Popen[bytes]:
-    """The loop under torchrun."""
+def by_torchrun(
+    path: Path, workers: int, script: str = __file__, *more: str
+) -> subprocess.Popen[bytes]:
+    """The loop under torchrun, as the `--worker` of a script."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={workers}", __file__, "--worker", str(path)),
+        *(f"--nproc-per-node={workers}", script, "--worker", str(path), *more),
     ]
     return subprocess.Popen(command, env=ENVIRONMENT)
 
@@ -131,22 +133,33 @@ def by_ray(path: Path, workers: int) -> subprocess.Popen[bytes]:
 
 def worker(path: str) -> None:
     """One worker under torchrun; rank 0 leaves in the run's folder how many MB a step exchanges."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    config = load_as(PretrainConfig, path)
-    dist.init_process_group("gloo")
-    member = Member(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    run_dir = Path(config.run.storage_path) / config.run.name
-    run_dir.mkdir(exist_ok=True)
     given = [0]
     dist.all_reduce = _counted(dist.all_reduce, 0, given)
     dist.all_gather = _counted(dist.all_gather, 1, given)
-    steps = train(config, run_dir, member, report=lambda row: None, notices=NoNotices())
+    config = load_as(PretrainConfig, path)
+    steps = trained(config)
     # DDP's own do not pass through here.
     gradients = sum(p.nbytes for p in build_model(config.model, 0).parameters() if p.requires_grad)
     told = [given[0] / steps / 1e6, gradients / 1e6]
-    (run_dir / EXCHANGED).write_text(json.dumps(told))
+    (folder_of(config) / EXCHANGED).write_text(json.dumps(told))
+
+
+def trained(config: PretrainConfig) -> int:
+    """A run's steps, done by this process as one worker of the group that torchrun made."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group("gloo")
+    member = Member(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    run_dir = folder_of(config)
+    run_dir.mkdir(exist_ok=True)
+    steps = train(config, run_dir, member, report=lambda row: None, notices=NoNotices())
     dist.destroy_process_group()
+    return steps
+
+
+def folder_of(config: PretrainConfig) -> Path:
+    """Where a run writes."""
+    return Path(config.run.storage_path) / config.run.name
 
 
 def _counted(collective: Callable[..., Any], own: int, given: list[int]) -> Callable[..., Any]:
