@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlvicx_dist.config import LocalHead as LocalSettings
 from mlvicx_dist.config import Projector as ProjectorSettings
-from mlvicx_dist.model.turns import by_turns
 
 
 @lru_cache(maxsize=256)
@@ -91,13 +90,12 @@ def through(layers: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tens
     """Views, [B, F] each, through a projector or predictor: [B, D] each.
 
     A linear layer takes all of them in one product, so that its weights are read once and their
-    gradient is whole before that of the encoder begins; a batch norm takes each by itself, by
-    turns.
+    gradient is whole before that of the encoder begins; a batch norm takes each by itself, in turn.
     """
     x = torch.cat(list(views))
     for layer in layers if isinstance(layers, nn.Sequential) else [layers]:
         if isinstance(layer, _BatchNorm):
-            x = torch.cat(by_turns(layer, *x.chunk(len(views))))
+            x = torch.cat([layer(view) for view in x.chunk(len(views))])
         else:
             x = layer(x)
     return list(x.chunk(len(views)))

@@ -19,7 +19,6 @@ from mlvicx_dist.config import SUPERVISED, Loss, Model, PretrainConfig, Train, V
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.model.turns import by_turns
 from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import (
@@ -61,8 +60,7 @@ class TwoViews(nn.Module):
     """Both views through one model in one call, as DDP wants it.
 
     Two forwards, view 1 first: batch statistics are per view and running ones move twice a step
-    (DESIGN 4.1). They go by turns, but where activations are recomputed: `checkpoint` keeps a state
-    of its own during a forward.
+    (DESIGN 4.1).
     """
 
     def __init__(self, model: MLVICX) -> None:
@@ -73,10 +71,7 @@ class TwoViews(nn.Module):
         self, first: torch.Tensor, second: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
         """The embeddings of both views and view 1's representation without gradient, [b, F]."""
-        encoder = self.model.encoder
-        maps = (
-            [encoder(first), encoder(second)] if encoder.parts else by_turns(encoder, first, second)
-        )
+        maps = self.model.encoder(first), self.model.encoder(second)
         embeddings1, embeddings2 = self.model.project(*maps)
         return embeddings1, embeddings2, self.model.representation(maps[0]).detach()
 
