@@ -7,7 +7,8 @@ against one weight after the other. Batches: 32 pairs of 224-px views from 256-p
 place, against samples that PyTorch stacks. Loss: the terms of a batch of 64, forward and backward,
 two processes, with one gather for all heads, against one for each. Gradients: steps of two workers
 on 96-px phantoms, a batch of 32: as views of DDP's buckets, against copies, and in bf16 on the
-wire, against float32. All by turns; medians.
+wire or with the rows of wide layers gathered (`train.gather_rows`), against float32; these two once
+more on a link of 1 Gbit/s each way (root, unshare, tc). All by turns; medians.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,19 @@ from mlvicx_dist.train import step
 from mlvicx_dist.train.allocator import keep_freed_memory
 from mlvicx_dist.train.optim import make_optimizer
 
-BATCH, ROUNDS, RUNS = 32, 9, 3
+BATCH, ROUNDS, RUNS = 32, 9, 2
 IMAGES = 7 * BATCH
 SETTINGS = load_as(PretrainConfig, DEFAULT)
 SHORT = ("views.image_size_px=96", "train.precision=float32")
-AS_IT_IS, COPIED, NARROW = "as_it_is", "copied", "narrow"
+AS_IT_IS, COPIED, NARROW, ROWS = "as_it_is", "copied", "narrow", "rows"
+SETTING = {NARROW: "train.gradients=bf16", ROWS: "train.gather_rows=true"}
+SLOW = (
+    *("unshare", "--net", "sh", "-c"),
+    # Both directions of a loopback share its rate.
+    "ip link set lo up && tc qdisc add dev lo root tbf rate 2gbit burst 2mb latency 400ms "
+    '&& exec "$@"',
+    "sh",
+)
 PEAK = "peak_mb"
 
 
@@ -146,33 +156,45 @@ def loss_worker(found: Path) -> None:
 
 
 def gradients(bench: Bench) -> list[Row]:
-    """Whole steps of two workers, with what DDP does with gradients as it is and otherwise."""
+    """Whole steps of two workers, with what is done with gradients as it is and otherwise."""
     peaks: dict[str, list[float]] = {}
 
-    def rate(kind: str) -> float:
+    def rate(kind: str, within: Sequence[str] = ()) -> float:
         runs = []
 
         def start(path: Path, workers: int) -> Any:
             runs.append(path)
-            return by_torchrun(path, workers, __file__, kind)
+            return by_torchrun(path, workers, __file__, kind, within=within)
 
-        wire = "bf16" if kind == NARROW else "float32"
-        made = bench.rate(start, 2, BATCH, *SHORT, f"train.gradients={wire}")
+        changed = [SETTING[kind]] if kind in SETTING else []
+        made = bench.rate(start, 2, BATCH, *SHORT, *changed)
         for path in runs:
             peak = folder_of(load_as(PretrainConfig, path)) / PEAK
             peaks.setdefault(kind, []).append(json.loads(peak.read_text()))
         return made
 
-    kinds = (AS_IT_IS, COPIED, NARROW)
-    rates = by_turns({kind: partial(rate, kind) for kind in kinds}, rounds=RUNS, warm_up=False)
+    def rates(*kinds: str, within: Sequence[str] = ()) -> dict[str, float]:
+        calls = {kind: partial(rate, kind, within) for kind in kinds}
+        return by_turns(calls, rounds=RUNS, warm_up=False)
+
+    here = rates(AS_IT_IS, COPIED, NARROW, ROWS)
     peak = {kind: statistics.median(found) for kind, found in peaks.items()}
     views = "gradients as views of DDP's buckets, against copies"
     wire = "gradients in bf16 on the wire, against float32"
-    return [
-        Row(views, rates[AS_IT_IS], rates[COPIED], "images/s"),
+    gathered = "rows gathered in place of gradients, against float32"
+    rows = [
+        Row(views, here[AS_IT_IS], here[COPIED], "images/s"),
         Row("the same, peak memory of a worker", peak[AS_IT_IS], peak[COPIED], "MB"),
-        Row(wire, rates[NARROW], rates[AS_IT_IS], "images/s"),
+        Row(wire, here[NARROW], here[AS_IT_IS], "images/s"),
+        Row(gathered, here[ROWS], here[AS_IT_IS], "images/s"),
     ]
+    if subprocess.run([*SLOW, "true"], check=False).returncode:
+        print("no link can be made slow here: that takes root, unshare and tc", file=sys.stderr)
+        return rows
+    slow = rates(AS_IT_IS, NARROW, ROWS, within=SLOW)
+    for name, kind in ((wire, NARROW), (gathered, ROWS)):
+        rows.append(Row(f"1 Gbit/s, {name}", slow[kind], slow[AS_IT_IS], "images/s"))
+    return rows
 
 
 def gradient_worker(path: Path, kind: str) -> None:

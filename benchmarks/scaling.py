@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -115,10 +115,11 @@ Start = Callable[[Path, int], "subprocess.Popen[bytes]"]
 
 
 def by_torchrun(
-    path: Path, workers: int, script: str = __file__, *more: str
+    path: Path, workers: int, script: str = __file__, *more: str, within: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """The loop under torchrun, as the `--worker` of a script."""
+    """The loop under torchrun, as the `--worker` of a script, started by another command."""
     command = [
+        *within,
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={workers}", script, "--worker", str(path), *more),
     ]

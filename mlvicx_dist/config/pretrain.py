@@ -195,6 +195,8 @@ class Train(Settings):
     """Of forward and backward; the loss is float32 at least."""
     gradients: Precision = "float32"
     """In which workers exchange gradients; in bf16 half as many bytes, rounded before the sum."""
+    gather_rows: bool = False
+    """Exchange rows, not gradients, of the projectors' wide layers: the same sums, fewer bytes."""
     recompute: bool = False
     """Keep only the level maps for backward and compute the rest again: less memory, more time."""
     deterministic: bool = False

@@ -175,6 +175,7 @@ class _Ward:
     def run(self, config: PretrainConfig) -> Iterator[Finding]:
         """What a run needs: room, shards, storage, a loader that keeps up."""
         from mlvicx_dist.stream.cache import RemoteShard
+        from mlvicx_dist.train.dry import gathered_layers, shapes_of
         from mlvicx_dist.train.group import each
         from mlvicx_dist.train.launch import check_model, check_workers
         from mlvicx_dist.train.source import open_shards, with_classes
@@ -215,6 +216,8 @@ class _Ward:
         yield findings.loading(rates["loader"], rates["step"], config.data.loader_workers)
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
+            gathered = gathered_layers(shapes_of(config), config)
+            parameters -= sum(layer.weight.numel() for layer in gathered)
             yield findings.gradients(self._bytes_per_s, parameters, step_s, config.train.gradients)
 
     def _check_memory(self, config: PretrainConfig) -> None:

@@ -265,8 +265,8 @@ def gradients(
     )
     if seconds > EXCHANGE_SHARE * step_s:
         remedy = (
-            "use fewer and larger nodes, a faster network between them, a larger batch, or "
-            "train.gradients=bf16"
+            "use train.gather_rows=true where the batch is small beside the projectors, fewer and "
+            "larger nodes, a faster network between them, a larger batch, or train.gradients=bf16"
         )
         return Finding("gradients", "warn", words, remedy)
     return Finding("gradients", "ok", words)

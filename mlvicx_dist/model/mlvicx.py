@@ -60,6 +60,11 @@ class MLVICX(nn.Module):
         """What is kept after pretraining: the average pool of the last map, [B, F]."""
         return maps[-1].mean((2, 3))
 
+    @property
+    def projectors(self) -> list[nn.Module]:
+        """What takes both views of a batch in one product, as `project` has it."""
+        return [self.global_projector, self.local_projectors]
+
     def project(self, *views: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The maps of all levels of one view, or of several of as many images: their embeddings."""
         kinds = {

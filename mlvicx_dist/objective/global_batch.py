@@ -7,7 +7,7 @@ that average the sum. Batch norm belongs to the global batch too: `batch_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -184,11 +184,23 @@ def _gathered_narrow(
 
 def gathered(mine: torch.Tensor, shares: Sequence[int]) -> list[torch.Tensor]:
     """The rows of each rank, [n_r, D], without gradient; a rank may have more than another."""
+    return gather_begun(mine, shares)()
+
+
+def gather_begun(mine: torch.Tensor, shares: Sequence[int]) -> Callable[[], list[torch.Tensor]]:
+    """The same of rows that are sent off now; what is called for all of them waits for them."""
+    if len(shares) == 1:
+        return lambda: [mine]
     padded = mine.new_zeros(max(shares), mine.shape[1])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded)
-    return [part[:share] for part, share in zip(parts, shares, strict=True)]
+    work = dist.all_gather(parts, padded, async_op=True)
+
+    def waited() -> list[torch.Tensor]:
+        work.wait()
+        return [part[:share] for part, share in zip(parts, shares, strict=True)]
+
+    return waited
 
 
 def weighted_loss(terms: Mapping[str, Terms], settings: Loss) -> torch.Tensor:

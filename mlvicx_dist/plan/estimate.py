@@ -157,7 +157,7 @@ def estimate(
     waiting_s = max(launches * launch_s - running_s, 0.0)
     # Where the host is late the backward is as much longer.
     backward_s *= 1 + waiting_s / running_s
-    early_s = group.all_reduce_s(exchange.early_bytes)
+    early_s = group.all_reduce_s(exchange.early_bytes) + group.gather_s(exchange.row_bytes)
     late_s = group.all_reduce_s(exchange.gradient_bytes - exchange.early_bytes)
     beside_s = backward_s if group.beside else 0.0
     gradients_s = max(early_s, ENCODER_BEGINS * beside_s) + late_s

@@ -16,8 +16,9 @@ REMEDIES = {
     "memory": "train.precision=bf16 where it is float32, smaller views, or a GPU whose memory is "
     "faster",
     "launches": "more images a GPU: fewer GPUs, or a larger train.batch_size",
-    "gradients": "a faster network, fewer and larger machines, train.gradients=bf16 where it is "
-    "float32, a smaller model.projector.width, or more images a GPU",
+    "gradients": "train.gather_rows=true where the batch is small beside the projectors, a faster "
+    "network, fewer and larger machines, train.gradients=bf16 where it is float32, a smaller "
+    "model.projector.width, or more images a GPU",
     "embeddings": "a faster network, or a smaller model.projector.width",
     "statistics": "fewer and larger machines, a network with less delay, or more images a GPU",
     "loader": "more data.loader_workers, machines with more cores, or smaller stored images",
@@ -186,8 +187,10 @@ class Plan:
         if self.group.workers == 1:
             return "none: one worker"
         small = self.exchange.gathers + self.exchange.reductions
+        rows = self.exchange.row_bytes
+        gathered = f"{_scaled(rows)}B of rows in place of others, " if rows else ""
         return (
-            f"{_scaled(self.exchange.gradient_bytes)}B of gradients, "
+            f"{_scaled(self.exchange.gradient_bytes)}B of gradients, {gathered}"
             f"{_scaled(self.exchange.loss_bytes + self.exchange.gathered_bytes)}B for the loss, "
             f"{small} waits for small ones a step"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from mlvicx_dist.config import NUMBER_BYTES, SUPERVISED, Method, Precision, PretrainConfig
 from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.stream.augment import blur_reaches
-from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
+from mlvicx_dist.train.dry import back, embed, gathered_layers, shapes_of, views_of, without_data
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 """Operations that move nothing."""
@@ -117,6 +117,8 @@ class Work:
         early_bytes: Of those, what lies behind the encoder, whose gradients are whole first.
         widths: D of each embedding, both views.
         method: Whose loss it is.
+        row_gathers: How many layers' rows are gathered in place of gradients.
+        row_bytes: Those of the global batch.
     """
 
     rows: int
@@ -129,6 +131,8 @@ class Work:
     early_bytes: int
     widths: tuple[int, ...]
     method: Method = "mlvicx"
+    row_gathers: int = 0
+    row_bytes: int = 0
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -169,14 +173,21 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         for part in (model, model.encoder)
     )
     number_bytes = NUMBER_BYTES[config.train.gradients]
+    batch, precision = config.train.batch_size, config.train.precision
+    wide = [
+        (layer.in_features, layer.out_features)
+        for layer in (gathered_layers(model, config) if rows < batch else ())
+    ]
+    reduced = trained - sum(inputs * outputs for inputs, outputs in wide)
     widths = tuple(x.shape[1] for x in embeddings)
     rest = [
         *photometric_ops(config, rows),
         *(
-            baseline_ops(config.method, config.train.batch_size, widths[0])
+            baseline_ops(config.method, batch, widths[0])
             if config.method in FROM_LIBRARY
-            else loss_ops(rows, config.train.batch_size, widths)
+            else loss_ops(rows, batch, widths)
         ),
+        *(row_op(2 * (batch - rows), *layer, precision) for layer in wide),
         Op(OPTIMIZER, 0, OPTIMIZER_PASSES[config.train.optimizer] * FLOAT_BYTES * trained),
     ]
     return Work(
@@ -186,11 +197,19 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         tuple(rest),
         sum(p.numel() for p in model.parameters()),
         trained,
-        number_bytes * trained,
-        number_bytes * (trained - encoded),
+        number_bytes * reduced,
+        number_bytes * (reduced - encoded),
         widths,
         config.method,
+        len(wide),
+        NUMBER_BYTES[precision] * 2 * batch * sum(sum(layer) for layer in wide),
     )
+
+
+def row_op(rows: int, inputs: int, outputs: int, precision: Precision) -> Op:
+    """What the rows of other workers add to the product that is a wide layer's gradient."""
+    moved = NUMBER_BYTES[precision] * rows * (inputs + outputs)
+    return Op("mm", 2.0 * rows * inputs * outputs, float(moved), precision)
 
 
 def loss_ops(rows: int, batch: int, widths: Sequence[int]) -> list[Op]:
@@ -261,6 +280,7 @@ class Exchange:
         gathered_bytes: Embeddings of the global batch, gathered.
         gathers: How often something is gathered.
         reductions: How often something small is all-reduced.
+        row_bytes: Rows of wide layers, gathered in place of their gradients.
     """
 
     gradient_bytes: int
@@ -269,10 +289,18 @@ class Exchange:
     gathered_bytes: int
     gathers: int
     reductions: int
+    row_bytes: int = 0
 
 
 def exchange_of(work: Work, batch: int) -> Exchange:
     """What a step exchanges; batch norm gathers statistics forward and sums gradients backward."""
+    found = _of_method(work, batch)
+    gathers = found.gathers + work.row_gathers
+    return replace(found, gathers=gathers, row_bytes=work.row_bytes)
+
+
+def _of_method(work: Work, batch: int) -> Exchange:
+    """The same without the rows of wide layers."""
     if work.method in FROM_LIBRARY:
         return Exchange(
             gradient_bytes=work.gradient_bytes,

@@ -13,10 +13,10 @@ from mlvicx_dist.train.weights import find_weights, local_folder
 
 FILE = "fingerprint.json"
 NOT_MATHEMATICS = {
-    "train": ("log_every_steps", "recompute"),
+    "train": ("log_every_steps", "recompute", "gather_rows"),
     "data": ("loader_workers", "cache_dir", "cache_gb"),
 }
-"""Settings that leave every number of a run as it is."""
+"""Settings that leave every number of a run as it is, but for rounding as another group has it."""
 
 
 def fingerprint(

@@ -21,6 +21,7 @@ from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import CheckpointError, ConfigError
 from mlvicx_dist.model.encoder import load_strictly
 from mlvicx_dist.model.mlvicx import MLVICX
+from mlvicx_dist.objective.wide_linear import align
 from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
 from mlvicx_dist.train.agreement import Agreement
 from mlvicx_dist.train.checkpoint import local_copy, newest_checkpoint, read_checkpoint
@@ -136,6 +137,8 @@ def train(
             rate = learning_rate(
                 batch.step, settings=config.train, steps_per_epoch=steps.steps_per_epoch
             )
+            if batch.step % steps.steps_per_epoch == 0:
+                align(model)
             terms, representation = train_step(wrapped, optimizer, batch, rate, config, member)
             done = batch.step + 1
             meter.add(batch.step, terms, representation)
@@ -196,8 +199,13 @@ def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str]
             "this CPU computes bf16 in software, which takes some 20 times as long as float32; "
             "stop, and begin with train.precision=float32."
         )
-    if config.train.gradients == "bf16" and member.world_size == 1:
-        say("one worker exchanges no gradients: train.gradients has no effect.")
+    if member.world_size == 1:
+        for key, given in {
+            "gradients": config.train.gradients == "bf16",
+            "gather_rows": config.train.gather_rows,
+        }.items():
+            if given:
+                say(f"one worker exchanges no gradients: train.{key} has no effect.")
 
 
 @dataclass(frozen=True)

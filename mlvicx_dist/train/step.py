@@ -28,6 +28,7 @@ from mlvicx_dist.objective.global_batch import (
 )
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.objective.terms import Terms
+from mlvicx_dist.objective.wide_linear import gather_rows, gathered_weights
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.stream.order import rank_shares
@@ -66,6 +67,11 @@ class TwoViews(nn.Module):
     def __init__(self, model: MLVICX) -> None:
         super().__init__()
         self.model = model
+
+    def gather_rows(self, shares: Sequence[int]) -> None:
+        """From now on exchange the rows of wide layers, which see both views of a rank's share."""
+        for projector in self.model.projectors:
+            gather_rows(projector, [2 * share for share in shares])
 
     def forward(
         self, first: torch.Tensor, second: torch.Tensor
@@ -111,6 +117,11 @@ def wrap(model: nn.Module, member: Member, settings: Train) -> nn.Module:
     """The model as a worker of a group calls it."""
     if member.world_size == 1:
         return model
+    if settings.gather_rows and isinstance(model, TwoViews):
+        model.gather_rows(rank_shares(settings.batch_size, member.world_size))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, list(gathered_weights(model))
+    )
     # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
     # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
     # unused parameters, so a run that must be bitwise repeatable has it look.

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from processes import free_port, run_processes
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mlvicx_dist.config import LocalHead, Loss, Model, Projector
+from mlvicx_dist.config import LocalHead, Loss, Model, Projector, Train
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import (
@@ -20,12 +19,15 @@ from mlvicx_dist.objective.global_batch import (
     weighted_loss,
 )
 from mlvicx_dist.objective.terms import vic_terms
-from mlvicx_dist.train.step import TwoViews
+from mlvicx_dist.objective.wide_linear import gathered_weights
+from mlvicx_dist.train.step import Member, TwoViews, wrap
 
 STEPS = 10
 SHARES = {1: [7], 2: [5, 2], 3: [3, 1, 3]}
 WIDTHS = {"rows": 12, "columns": 5}
 """N < D, where rows are gathered, and N >= D, where D x D products are reduced."""
+WIDE = 160
+"""At which the 14 rows of both views are less than the weights of five layers."""
 
 
 def settings(width: int) -> Model:
@@ -43,6 +45,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     recompute: bool = False
     steps: int = STEPS
+    gather_rows: bool = False
     times: int = 1
     """How many times as large the batch is; batch norm of seven images makes rounding large."""
 
@@ -61,12 +64,15 @@ def train(
         convert_batch_norm(model, torch.device("cpu"))
     if case.recompute:
         model.encoder.recompute()
-    module: nn.Module = TwoViews(model)
+    module = TwoViews(model)
+    shares = [case.times * share for share in SHARES[world_size]]
     if world_size > 1:
-        module = DistributedDataParallel(module, forward_sync_buffers=False)
+        if case.gather_rows:
+            module.gather_rows(shares)
+            assert len(gathered_weights(module)) == 5
+        module = wrap(module, Member(rank, world_size, torch.device("cpu")), Train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
-    shares = [case.times * share for share in SHARES[world_size]]
     start = sum(shares[:rank])
     losses, found = [], {}
     for step in range(case.steps):
@@ -129,6 +135,12 @@ def alone():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_many_processes_with_unequal_shares_equal_one(alone, world_size, form, tmp_path):
     assert_equal_runs(train_many(WIDTHS[form], world_size, tmp_path), alone[form])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gathered_rows_give_the_gradients_of_one_process(world_size, tmp_path):
+    found = train_many(WIDE, world_size, tmp_path, Case(gather_rows=True))
+    assert_equal_runs(found, train(WIDE, 1, 0))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

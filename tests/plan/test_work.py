@@ -1,5 +1,7 @@
 """What is counted against hand counts, PyTorch's own counter and what a real step does."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
 from mlvicx_dist.objective.labels import label_loss
+from mlvicx_dist.objective.wide_linear import gathered_weights
 from mlvicx_dist.plan.work import (
     FLOAT_BYTES,
     OPTIMIZER_PASSES,
@@ -148,10 +151,11 @@ def test_a_baseline_gathers_its_embeddings(config, monkeypatch, method):
     settings = parse_config(settings | {"method": method}, "test")
     gathered = []
 
-    def gather(parts, own):
+    def gather(parts, own, async_op=False):
         gathered.append(len(parts) * own.nbytes)
         for part in parts:
             part.copy_(own)
+        return Mock()
 
     for module in (global_batch, batch_norm):
         monkeypatch.setattr(module, "world_size", lambda: 2)
@@ -190,10 +194,11 @@ def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
     work = count_work(settings, 4)
     gathered, reduced = [], []
 
-    def gather(parts, own):
+    def gather(parts, own, async_op=False):
         gathered.append(len(parts) * own.nbytes)
         for part in parts:
             part.copy_(own)
+        return Mock()
 
     for module in (global_batch, batch_norm):
         monkeypatch.setattr(module, "world_size", lambda: 2)
@@ -216,3 +221,31 @@ def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
     assert exchange.gathered_bytes == ours[0]
     # Beside them the terms themselves are summed, a few numbers.
     assert exchange.loss_bytes == pytest.approx(ours[1], abs=100)
+
+
+def test_a_group_that_gathers_rows_exchanges_what_is_counted(config, monkeypatch):
+    changes = {"model__projector": {"width": 160}, "train__batch_size": 8}
+    plain = count_work(config(**changes), 4)
+    settings = config(**changes, train__gather_rows=True)
+    work = count_work(settings, 4)
+    gathered = []
+
+    def gather(parts, own, async_op=False):
+        gathered.append(len(parts) * own.nbytes)
+        for part in parts:
+            part.copy_(own)
+        return Mock()
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    module = TwoViews(build_model(settings.model, 0))
+    module.gather_rows([4, 4])
+    embeddings = module(*torch.rand(2, 4, 1, 32, 32))[:2]
+    sum(x.sum() for view in embeddings for x in view.values()).backward()
+    exchange, reduced = exchange_of(work, 8), exchange_of(plain, 8)
+    assert exchange.row_bytes == sum(gathered) > 0
+    assert exchange.gathers - reduced.gathers == len(gathered)
+    wide = sum(weight.numel() for weight in gathered_weights(module).values())
+    assert reduced.gradient_bytes - exchange.gradient_bytes == 4 * wide
+    assert reduced.early_bytes - exchange.early_bytes == 4 * wide
+    # Of two workers each computes the product of its own rows and of as many more.
+    assert work.flops - plain.flops == 2 * (2 * 4) * wide

@@ -64,9 +64,12 @@ def test_killed_at_random_steps_it_ends_bitwise_equal(
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
 
 
-def test_sizes_that_change_on_the_way_end_within_rounding(phantom_shards, tmp_path):
+@pytest.mark.parametrize(
+    "exchange", [{}, {"train__gather_rows": True, "model__projector": {"width": 160}}]
+)
+def test_sizes_that_change_on_the_way_end_within_rounding(phantom_shards, tmp_path, exchange):
     # A small learning rate: a large one makes any rounding grow, that of another size too.
-    gentle = {"train__optimizer": "lars", "train__warmup_epochs": 3}
+    gentle = {"train__optimizer": "lars", "train__warmup_epochs": 3, **exchange}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     double = partial(run_group, kind=torch.float64)
     double(settings(phantom_shards, whole, **gentle), whole / "small", 1)
