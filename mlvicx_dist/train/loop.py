@@ -199,13 +199,8 @@ def _check_precision(config: PretrainConfig, member: Member, say: Callable[[str]
             "this CPU computes bf16 in software, which takes some 20 times as long as float32; "
             "stop, and begin with train.precision=float32."
         )
-    if member.world_size == 1:
-        for key, given in {
-            "gradients": config.train.gradients == "bf16",
-            "gather_rows": config.train.gather_rows,
-        }.items():
-            if given:
-                say(f"one worker exchanges no gradients: train.{key} has no effect.")
+    if config.train.gradients == "bf16" and member.world_size == 1:
+        say("one worker exchanges no gradients: train.gradients has no effect.")
 
 
 @dataclass(frozen=True)
