@@ -38,10 +38,9 @@ from mlvicx_dist.ingest.sources.phantom import write_phantoms
 from mlvicx_dist.ingest.splits import Fractions
 from mlvicx_dist.model.mlvicx import build_model
 from mlvicx_dist.train.allocator import keep_freed_memory
-from mlvicx_dist.train.dry import gathered_layers
 from mlvicx_dist.train.loop import train
 from mlvicx_dist.train.notices import NoNotices
-from mlvicx_dist.train.step import Member
+from mlvicx_dist.train.step import Member, gathered_layers
 from mlvicx_dist.train.versions import bf16_in_software
 
 WARM_UP, STEPS, ROUNDS = 3, 3, 2
@@ -143,7 +142,7 @@ def worker(path: str) -> None:
     model = build_model(config.model, 0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     # DDP's own do not pass through here.
-    reduced = gradients - sum(layer.weight.nbytes for layer in gathered_layers(model, config))
+    reduced = gradients - sum(layer.weight.nbytes for layer in gathered_layers(model, config.train))
     told = [(given[0] / steps + reduced) / 1e6, gradients / 1e6]
     (folder_of(config) / EXCHANGED).write_text(json.dumps(told))
 

@@ -2,7 +2,8 @@
 
 The run's own workers train on its own data, and rank 0 is looked at. The table is of steps that
 nothing else watches; the trace, which takes time itself, is of some more. What a backward waits for
-the all-reduce of its gradients is the time that it takes less that of steps without one.
+the all-reduce of its gradients is the time that it takes less that of steps without one; rows
+that are gathered in their place (`train.gather_rows`) are a part of `backward`.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class Train(Settings):
     precision: Precision = "float32"
     """Of forward and backward; the loss is float32 at least."""
     gradients: Precision = "float32"
-    """In which workers exchange gradients; in bf16 half as many bytes, rounded before the sum."""
+    """In which gradients are all-reduced; in bf16 half as many bytes, rounded before the sum."""
     gather_rows: bool = False
     """Exchange rows, not gradients, of the projectors' wide layers: the same sums, fewer bytes."""
     recompute: bool = False

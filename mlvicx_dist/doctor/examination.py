@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlvicx_dist.capacity import refused_launches, slots
-from mlvicx_dist.config import PretrainConfig
+from mlvicx_dist.config import NUMBER_BYTES, PretrainConfig
 from mlvicx_dist.doctor import findings
 from mlvicx_dist.doctor.findings import Finding
 from mlvicx_dist.doctor.node import Probe
@@ -175,10 +175,11 @@ class _Ward:
     def run(self, config: PretrainConfig) -> Iterator[Finding]:
         """What a run needs: room, shards, storage, a loader that keeps up."""
         from mlvicx_dist.stream.cache import RemoteShard
-        from mlvicx_dist.train.dry import gathered_layers, shapes_of
+        from mlvicx_dist.train.dry import shapes_of
         from mlvicx_dist.train.group import each
         from mlvicx_dist.train.launch import check_model, check_workers
         from mlvicx_dist.train.source import open_shards, with_classes
+        from mlvicx_dist.train.step import bytes_of_rows, gathered_layers
 
         room, workers = slots(each(config.workers)), config.workers.num
         if room < workers:
@@ -216,9 +217,12 @@ class _Ward:
         yield findings.loading(rates["loader"], rates["step"], config.data.loader_workers)
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
-            gathered = gathered_layers(shapes_of(config), config)
-            parameters -= sum(layer.weight.numel() for layer in gathered)
-            yield findings.gradients(self._bytes_per_s, parameters, step_s, config.train.gradients)
+            layers = gathered_layers(shapes_of(config), config.train)
+            reduced = parameters - sum(layer.weight.numel() for layer in layers)
+            exchanged = NUMBER_BYTES[config.train.gradients] * reduced
+            # A gather passes a byte once, an all-reduce twice.
+            exchanged += bytes_of_rows(layers, config.train) // 2
+            yield findings.gradients(self._bytes_per_s, parameters, step_s, exchanged)
 
     def _check_memory(self, config: PretrainConfig) -> None:
         """See that a worker of the smallest group that is allowed fits where it would have least.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mlvicx_dist.config import NUMBER_BYTES, Precision, PretrainConfig
+from mlvicx_dist.config import PretrainConfig
 
 OPEN_FILES = 4096
 """Sockets and shards of a node with many workers; Ray itself warns below this."""
@@ -255,18 +255,25 @@ def exchange(bytes_per_s: float) -> Finding:
 
 
 def gradients(
-    bytes_per_s: float, parameters: int, step_s: float, precision: Precision = "float32"
+    bytes_per_s: float, parameters: int, step_s: float, exchanged_bytes: float
 ) -> Finding:
-    """What exchanging the gradients of so many parameters costs, beside a step's seconds."""
-    seconds = NUMBER_BYTES[precision] * parameters / bytes_per_s
+    """What exchanging the gradients of so many parameters costs, beside a step's seconds.
+
+    Args:
+        bytes_per_s: The rate of an all-reduce.
+        parameters: Numbers that are trained.
+        step_s: Of a step.
+        exchanged_bytes: All-reduced for them, or what takes as long.
+    """
+    seconds = exchanged_bytes / bytes_per_s
     words = (
         f"{_seconds(seconds)} for those of {parameters / 1e6:.0f} million parameters, where a step "
         f"takes {_seconds(step_s)}"
     )
     if seconds > EXCHANGE_SHARE * step_s:
         remedy = (
-            "use train.gather_rows=true where the batch is small beside the projectors, fewer and "
-            "larger nodes, a faster network between them, a larger batch, or train.gradients=bf16"
+            "use train.gather_rows=true where it is false and the batch small, fewer and larger "
+            "nodes, a faster network between them, a larger batch, or train.gradients=bf16"
         )
         return Finding("gradients", "warn", words, remedy)
     return Finding("gradients", "ok", words)

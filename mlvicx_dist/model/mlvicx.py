@@ -61,9 +61,10 @@ class MLVICX(nn.Module):
         return maps[-1].mean((2, 3))
 
     @property
-    def projectors(self) -> list[nn.Module]:
+    def heads(self) -> list[nn.Module]:
         """What takes both views of a batch in one product, as `project` has it."""
-        return [self.global_projector, self.local_projectors]
+        heads = (self.global_projector, self.local_projectors, self.predictor)
+        return [head for head in heads if head is not None]
 
     def project(self, *views: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The maps of all levels of one view, or of several of as many images: their embeddings."""

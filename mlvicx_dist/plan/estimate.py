@@ -88,7 +88,7 @@ class Seconds:
         arithmetic: Operations that wait for their products.
         memory: Operations that wait for the device's memory.
         launches: What the host needs to start all operations, beyond what they take.
-        gradients: Their all-reduce, beyond what passes beside the backward.
+        gradients: Their all-reduce, and wide layers' rows, beyond what passes beside the backward.
         embeddings: Sums, gathered rows and products of the loss's exchange.
         statistics: The way of small exchanges, nearly all of them batch norm's statistics.
         loader: What the loader's processes need for a batch, beside all that.

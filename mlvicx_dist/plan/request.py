@@ -88,7 +88,8 @@ class Machines:
         """What is assumed of it."""
         group = self.group
         when = (
-            "the projectors' gradients pass beside the backward, the encoder's beside half of it"
+            "the projectors' gradients or rows pass beside the backward, the encoder's gradients "
+            "beside half of it"
             if group.beside
             else "gradients pass after the backward, on the cores that compute; that workers wait "
             "for the slowest at each batch norm is not counted"

@@ -16,7 +16,7 @@ REMEDIES = {
     "memory": "train.precision=bf16 where it is float32, smaller views, or a GPU whose memory is "
     "faster",
     "launches": "more images a GPU: fewer GPUs, or a larger train.batch_size",
-    "gradients": "train.gather_rows=true where the batch is small beside the projectors, a faster "
+    "gradients": "train.gather_rows=true where it is false and the batch small, a faster "
     "network, fewer and larger machines, train.gradients=bf16 where it is float32, a smaller "
     "model.projector.width, or more images a GPU",
     "embeddings": "a faster network, or a smaller model.projector.width",
@@ -188,7 +188,7 @@ class Plan:
             return "none: one worker"
         small = self.exchange.gathers + self.exchange.reductions
         rows = self.exchange.row_bytes
-        gathered = f"{_scaled(rows)}B of rows in place of others, " if rows else ""
+        gathered = f"{_scaled(rows)}B of rows of wide layers, " if rows else ""
         return (
             f"{_scaled(self.exchange.gradient_bytes)}B of gradients, {gathered}"
             f"{_scaled(self.exchange.loss_bytes + self.exchange.gathered_bytes)}B for the loss, "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -20,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 from mlvicx_dist.config import NUMBER_BYTES, SUPERVISED, Method, Precision, PretrainConfig
 from mlvicx_dist.objective.baselines import FROM_LIBRARY
 from mlvicx_dist.stream.augment import blur_reaches
-from mlvicx_dist.train.dry import back, embed, gathered_layers, shapes_of, views_of, without_data
+from mlvicx_dist.train.dry import back, embed, shapes_of, views_of, without_data
+from mlvicx_dist.train.step import bytes_of_rows, gathered_layers
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 """Operations that move nothing."""
@@ -113,7 +115,7 @@ class Work:
         rest: Photometrics, terms of the loss, optimizer.
         parameters: Numbers that the model has.
         trained: Numbers of them that are trained.
-        gradient_bytes: Their gradients, as workers exchange them.
+        gradient_bytes: Their gradients, as workers exchange them, but for those of `row_gathers`.
         early_bytes: Of those, what lies behind the encoder, whose gradients are whole first.
         widths: D of each embedding, both views.
         method: Whose loss it is.
@@ -173,12 +175,9 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         for part in (model, model.encoder)
     )
     number_bytes = NUMBER_BYTES[config.train.gradients]
-    batch, precision = config.train.batch_size, config.train.precision
-    wide = [
-        (layer.in_features, layer.out_features)
-        for layer in (gathered_layers(model, config) if rows < batch else ())
-    ]
-    reduced = trained - sum(inputs * outputs for inputs, outputs in wide)
+    batch = config.train.batch_size
+    wide = gathered_layers(model, config.train) if rows < batch else []
+    reduced = trained - sum(layer.weight.numel() for layer in wide)
     widths = tuple(x.shape[1] for x in embeddings)
     rest = [
         *photometric_ops(config, rows),
@@ -187,7 +186,7 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
             if config.method in FROM_LIBRARY
             else loss_ops(rows, batch, widths)
         ),
-        *(row_op(2 * (batch - rows), *layer, precision) for layer in wide),
+        *(row_op(2 * (batch - rows), layer, config.train.precision) for layer in wide),
         Op(OPTIMIZER, 0, OPTIMIZER_PASSES[config.train.optimizer] * FLOAT_BYTES * trained),
     ]
     return Work(
@@ -202,14 +201,14 @@ def count_work(config: PretrainConfig, rows: int) -> Work:
         widths,
         config.method,
         len(wide),
-        NUMBER_BYTES[precision] * 2 * batch * sum(sum(layer) for layer in wide),
+        bytes_of_rows(wide, config.train),
     )
 
 
-def row_op(rows: int, inputs: int, outputs: int, precision: Precision) -> Op:
+def row_op(rows: int, layer: nn.Linear, precision: Precision) -> Op:
     """What the rows of other workers add to the product that is a wide layer's gradient."""
-    moved = NUMBER_BYTES[precision] * rows * (inputs + outputs)
-    return Op("mm", 2.0 * rows * inputs * outputs, float(moved), precision)
+    moved = NUMBER_BYTES[precision] * rows * (layer.in_features + layer.out_features)
+    return Op("mm", 2.0 * rows * layer.weight.numel(), float(moved), precision)
 
 
 def loss_ops(rows: int, batch: int, widths: Sequence[int]) -> list[Op]:
@@ -274,7 +273,7 @@ class Exchange:
     """What a group exchanges at a step.
 
     Attributes:
-        gradient_bytes: Of the trained parameters, all-reduced.
+        gradient_bytes: Of the trained parameters, as far as they are all-reduced.
         early_bytes: Of those, what is ready when the backward reaches the encoder.
         loss_bytes: Sums of embeddings and D x D products, all-reduced.
         gathered_bytes: Embeddings of the global batch, gathered.

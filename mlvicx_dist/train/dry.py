@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import ConfigError
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
-from mlvicx_dist.objective.wide_linear import wide_layers
 from mlvicx_dist.train.step import TwoViews, random_model
 
 
@@ -29,14 +27,6 @@ def shapes_of(config: PretrainConfig) -> MLVICX:
     if config.train.recompute:
         model.encoder.recompute()
     return model
-
-
-def gathered_layers(model: MLVICX, config: PretrainConfig) -> list[nn.Linear]:
-    """The layers of which a group exchanges rows in place of gradients."""
-    if not config.train.gather_rows:
-        return []
-    rows = 2 * config.train.batch_size
-    return [layer for part in model.projectors for layer in wide_layers(part, rows)]
 
 
 @contextmanager

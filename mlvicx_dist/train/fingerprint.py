@@ -13,10 +13,10 @@ from mlvicx_dist.train.weights import find_weights, local_folder
 
 FILE = "fingerprint.json"
 NOT_MATHEMATICS = {
-    "train": ("log_every_steps", "recompute", "gather_rows"),
+    "train": ("log_every_steps", "recompute"),
     "data": ("loader_workers", "cache_dir", "cache_gb"),
 }
-"""Settings that leave every number of a run as it is, but for rounding as another group has it."""
+"""Settings that leave every number of a run as it is."""
 
 
 def fingerprint(
@@ -36,6 +36,9 @@ def fingerprint(
     for section, keys in NOT_MATHEMATICS.items():
         for key in keys:
             tree[section].pop(key, None)
+    if config.train.gradients == "float32":
+        # Then rows are as exact as gradients, as another size of the group is.
+        tree["train"].pop("gather_rows")
     tree["loss"] = {key: tree["loss"][key] for key in LOSS_KEYS[config.method]}
     tree["data"]["shards"] = [
         {"manifest": manifest, "weight": folder.weight}

@@ -15,7 +15,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from mlvicx_dist.config import SUPERVISED, Loss, Model, PretrainConfig, Train, VicWeights
+from mlvicx_dist.config import (
+    NUMBER_BYTES,
+    SUPERVISED,
+    Loss,
+    Model,
+    PretrainConfig,
+    Train,
+    VicWeights,
+)
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly, normalise
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
@@ -28,7 +36,7 @@ from mlvicx_dist.objective.global_batch import (
 )
 from mlvicx_dist.objective.labels import label_loss
 from mlvicx_dist.objective.terms import Terms
-from mlvicx_dist.objective.wide_linear import gather_rows, gathered_weights
+from mlvicx_dist.objective.wide_linear import align, gather_rows, gathered_weights, wide_layers
 from mlvicx_dist.stream.augment import photometrics
 from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.stream.order import rank_shares
@@ -67,11 +75,6 @@ class TwoViews(nn.Module):
     def __init__(self, model: MLVICX) -> None:
         super().__init__()
         self.model = model
-
-    def gather_rows(self, shares: Sequence[int]) -> None:
-        """From now on exchange the rows of wide layers, which see both views of a rank's share."""
-        for projector in self.model.projectors:
-            gather_rows(projector, [2 * share for share in shares])
 
     def forward(
         self, first: torch.Tensor, second: torch.Tensor
@@ -113,15 +116,33 @@ def make_model(config: PretrainConfig, member: Member) -> MLVICX:
     return model.to(member.device)
 
 
+def gathered_layers(model: MLVICX, settings: Train) -> list[nn.Linear]:
+    """The layers of which a group exchanges rows, two for each image, in place of gradients."""
+    if not settings.gather_rows:
+        return []
+    rows = 2 * settings.batch_size
+    return [layer for head in model.heads for layer in wide_layers(head, rows)]
+
+
+def bytes_of_rows(layers: Sequence[nn.Linear], settings: Train) -> int:
+    """What such layers gather at a step: inputs and gradients of outputs of the global batch."""
+    numbers = sum(layer.in_features + layer.out_features for layer in layers)
+    return NUMBER_BYTES[settings.precision] * 2 * settings.batch_size * numbers
+
+
 def wrap(model: nn.Module, member: Member, settings: Train) -> nn.Module:
     """The model as a worker of a group calls it."""
     if member.world_size == 1:
         return model
-    if settings.gather_rows and isinstance(model, TwoViews):
-        model.gather_rows(rank_shares(settings.batch_size, member.world_size))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, list(gathered_weights(model))
-    )
+    layers = gathered_layers(model.model, settings) if isinstance(model, TwoViews) else []
+    if layers:
+        shares = rank_shares(settings.batch_size, member.world_size)
+        gather_rows(layers, [2 * share for share in shares])
+        align(model)
+        # There is no public way to leave a parameter out of the all-reduce.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, list(gathered_weights(model))
+        )
     # Batch norm already belongs to the global batch: its buffers are equal on all ranks. DDP orders
     # its buckets anew after the first step, which moves sums by a rounding: not if it looks for
     # unused parameters, so a run that must be bitwise repeatable has it look.

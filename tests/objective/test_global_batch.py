@@ -1,7 +1,8 @@
 """The loss of the global batch: W processes equal one (DESIGN 3.4)."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from mlvicx_dist.objective.global_batch import (
     weighted_loss,
 )
 from mlvicx_dist.objective.terms import vic_terms
-from mlvicx_dist.objective.wide_linear import gathered_weights
-from mlvicx_dist.train.step import Member, TwoViews, wrap
+from mlvicx_dist.objective.wide_linear import gather_rows, gathered_weights
+from mlvicx_dist.train.step import Member, TwoViews, gathered_layers, wrap
 
 STEPS = 10
 SHARES = {1: [7], 2: [5, 2], 3: [3, 1, 3]}
@@ -30,7 +31,7 @@ WIDE = 160
 """At which the 14 rows of both views are less than the weights of five layers."""
 
 
-def settings(width: int) -> Model:
+def model_of(width: int) -> Model:
     return Model(
         backbone="test_resnet",
         local=LocalHead(resize_px=8, channels=4, pool=2),
@@ -46,6 +47,7 @@ class Case:
     recompute: bool = False
     steps: int = STEPS
     gather_rows: bool = False
+    bf16: bool = False
     times: int = 1
     """How many times as large the batch is; batch norm of seven images makes rounding large."""
 
@@ -58,7 +60,7 @@ def train(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Some steps; the losses, and the weights and first gradients of the model."""
     torch.set_num_threads(1)
-    model = build_model(settings(width), 0).to(case.dtype)
+    model = build_model(model_of(width), 0).to(case.dtype)
     # In float64 against PyTorch's own batch norm; in float32 as a worker does.
     if world_size > 1 or case.dtype == torch.float32:
         convert_batch_norm(model, torch.device("cpu"))
@@ -67,10 +69,11 @@ def train(
     module = TwoViews(model)
     shares = [case.times * share for share in SHARES[world_size]]
     if world_size > 1:
-        if case.gather_rows:
-            module.gather_rows(shares)
-            assert len(gathered_weights(module)) == 5
-        module = wrap(module, Member(rank, world_size, torch.device("cpu")), Train())
+        settings = Train(gather_rows=case.gather_rows, batch_size=sum(shares))
+        module = wrap(module, Member(rank, world_size, torch.device("cpu")), settings)
+        assert bool(gathered_weights(model)) == case.gather_rows
+        # A run's shares are as equal as can be, these are not.
+        gather_rows(gathered_layers(model, settings), [2 * share for share in shares])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     start = sum(shares[:rank])
@@ -78,7 +81,8 @@ def train(
     for step in range(case.steps):
         views = torch.randn(2, sum(shares), 1, 32, 32, generator=generator, dtype=torch.float64)
         mine = views[:, start : start + shares[rank]].to(case.dtype)
-        first, second, _ = module(mine[0], mine[1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+            first, second, _ = module(mine[0], mine[1])
         terms, _ = global_terms(first, second, shares=shares)
         loss = weighted_loss(terms, Loss())
         optimizer.zero_grad()
@@ -163,6 +167,19 @@ def test_in_float32_the_first_step_is_that_of_one_process_to_1e_5(world_size, tm
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     gradients = [name for name in expected if name.startswith("grad")]
     assert apart(found, expected, gradients) <= 1e-5 * largest(expected, gradients)
+
+
+def test_in_bf16_gathered_rows_give_the_gradients_of_an_all_reduce(tmp_path):
+    case = Case(dtype=torch.float32, steps=1, times=2, bf16=True)
+    (expected_loss,), expected = train_many(2 * WIDE, 2, tmp_path, case)
+    (loss,), found = train_many(2 * WIDE, 2, tmp_path, replace(case, gather_rows=True))
+    assert loss == expected_loss
+    gathered = [name for name in expected if re.match(r"grad .*projector.*[36]\.weight", name)]
+    assert len(gathered) == 4
+    # The sum is rounded, where an all-reduce sums what is.
+    for name in gathered:
+        assert apart(found, expected, [name]) <= 2**-7 * largest(expected, [name])
+        assert not torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize(("count", "width"), [(9, 14), (9, 9), (30, 4), (2, 3)])

@@ -32,7 +32,7 @@ def test_of_one_process_the_numbers_are_those_of_a_plain_layer(autocast):
         layers.load_state_dict(found[0][0] if found else layers.state_dict())
         weights = layers.state_dict()
         if gathered:
-            gather_rows(layers, [4])
+            gather_rows(wide_layers(layers, 4), [4])
             assert list(gathered_weights(layers)) == ["0.weight", "2.weight"]
             assert list(layers.state_dict()) == list(weights)
         x = torch.linspace(-1, 1, 4 * 48).reshape(4, 48).requires_grad_()
@@ -49,17 +49,10 @@ def test_of_one_process_the_numbers_are_those_of_a_plain_layer(autocast):
         assert torch.equal(one, other)
 
 
-def test_without_gradients_nothing_is_exchanged():
-    layer = nn.Linear(64, 64)
-    gather_rows(layer, [4, 4])
-    with torch.no_grad():
-        layer(torch.zeros(4, 64))
-
-
 def aligned(rank: int, port: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 1)])
-    gather_rows(layers, [4, 4])
+    gather_rows(wide_layers(layers, 8), [4, 4])
     for parameter in layers.parameters():
         nn.init.constant_(parameter, float(rank))
     align(layers)

@@ -87,6 +87,9 @@ def test_the_projectors_gradients_pass_beside_the_backward_and_the_others_beside
     # What is ready at once takes 1.4 s of the 2 s, and what is ready after one second the rest.
     assert seconds(8, (100 * 10**9, 80 * 10**9, 0, 0, 0, 0)).gradients == 0
     assert seconds(8, (200 * 10**9, 160 * 10**9, 0, 0, 0, 0)).gradients == pytest.approx(1.5)
+    # Rows are gathered beside it too: 0.875 s of 100 GB.
+    assert seconds(8, (0, 0, 0, 0, 0, 0, 100 * 10**9)).gradients == 0
+    assert seconds(8, (0, 0, 0, 0, 0, 0, 400 * 10**9)).gradients == pytest.approx(1.5)
     slow = seconds(8, (100 * 10**9, 0, 0, 0, 0, 0), link_bytes_per_s=10e9)
     assert slow.gradients == pytest.approx(16.5)
     assert slow.bottleneck == "gradients"

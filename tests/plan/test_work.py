@@ -14,7 +14,7 @@ from mlvicx_dist.objective.baselines import FROM_LIBRARY, baseline_loss
 from mlvicx_dist.objective.batch_norm import convert_batch_norm
 from mlvicx_dist.objective.global_batch import global_terms, weighted_loss
 from mlvicx_dist.objective.labels import label_loss
-from mlvicx_dist.objective.wide_linear import gathered_weights
+from mlvicx_dist.objective.wide_linear import gather_rows, gathered_weights
 from mlvicx_dist.plan.work import (
     FLOAT_BYTES,
     OPTIMIZER_PASSES,
@@ -27,7 +27,7 @@ from mlvicx_dist.plan.work import (
 )
 from mlvicx_dist.stream.augment import PARAMETERS, photometrics
 from mlvicx_dist.train.optim import make_optimizer
-from mlvicx_dist.train.step import TwoViews
+from mlvicx_dist.train.step import TwoViews, gathered_layers
 
 
 def test_a_resnet18_has_the_flops_of_a_count_by_hand():
@@ -238,7 +238,7 @@ def test_a_group_that_gathers_rows_exchanges_what_is_counted(config, monkeypatch
 
     monkeypatch.setattr(dist, "all_gather", gather)
     module = TwoViews(build_model(settings.model, 0))
-    module.gather_rows([4, 4])
+    gather_rows(gathered_layers(module.model, settings.train), [8, 8])
     embeddings = module(*torch.rand(2, 4, 1, 32, 32))[:2]
     sum(x.sum() for view in embeddings for x in view.values()).backward()
     exchange, reduced = exchange_of(work, 8), exchange_of(plain, 8)

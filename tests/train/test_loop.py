@@ -9,6 +9,7 @@ from group import At, settings
 
 from mlvicx_dist.config import parse_config
 from mlvicx_dist.errors import CheckpointError, ConfigError
+from mlvicx_dist.train import loop
 from mlvicx_dist.train.agreement import Agreement
 from mlvicx_dist.train.fingerprint import fingerprint
 from mlvicx_dist.train.loop import train
@@ -116,3 +117,12 @@ def test_a_worker_without_others_says_that_it_exchanges_nothing(
 ):
     words = said_at_the_start(phantom_shards, tmp_path, train__gradients=gradients)
     assert ("train.gradients has no effect" in words) == (gradients == "bf16")
+
+
+def test_weights_that_no_all_reduce_sees_are_aligned_once_an_epoch(
+    phantom_shards, tmp_path, monkeypatch
+):
+    aligned = []
+    monkeypatch.setattr(loop, "align", lambda model: aligned.append(model))
+    run_small(phantom_shards, tmp_path, train__epochs=3)
+    assert len(aligned) == 3

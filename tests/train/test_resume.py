@@ -13,6 +13,10 @@ from mlvicx_dist.train.notices import Notice
 from mlvicx_dist.train.runlog import read_rows
 
 STEPS = 12
+CHANGES = {
+    "none": {},
+    "rows": {"train__gather_rows": True, "model__projector": {"width": 160}},
+}
 
 
 def last(run_dir):
@@ -22,28 +26,32 @@ def last(run_dir):
 
 @pytest.fixture(scope="module")
 def uninterrupted(phantom_shards, tmp_path_factory):
-    """The end of a whole run, by the size of the group."""
+    """The end of a whole run, by the size of the group and by what is changed."""
     ends = {}
 
-    def end(world_size):
-        if world_size not in ends:
+    def end(world_size, changes="none"):
+        if (world_size, changes) not in ends:
             runs = tmp_path_factory.mktemp("whole")
-            assert not run_group(settings(phantom_shards, runs), runs / "small", world_size)
-            ends[world_size] = (runs, last(runs / "small"))
-        return ends[world_size]
+            tree = settings(phantom_shards, runs, **CHANGES[changes])
+            assert not run_group(tree, runs / "small", world_size)
+            ends[world_size, changes] = (runs, last(runs / "small"))
+        return ends[world_size, changes]
 
     return end
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [(1, "none"), (2, "none"), (2, "rows"), pytest.param(3, "none", marks=pytest.mark.slow)],
+)
 def test_killed_at_random_steps_it_ends_bitwise_equal(
-    uninterrupted, phantom_shards, tmp_path, world_size
+    uninterrupted, phantom_shards, tmp_path, world_size, changes
 ):
-    whole, (steps, weights, moments) = uninterrupted(world_size)
+    whole, (steps, weights, moments) = uninterrupted(world_size, changes)
     assert steps == STEPS
     chance = random.Random(world_size)
     kills = sorted(chance.sample(range(1, STEPS), 2))
-    tree = settings(phantom_shards, tmp_path)
+    tree = settings(phantom_shards, tmp_path, **CHANGES[changes])
     for kill in kills:
         victim = chance.randrange(world_size)
         assert run_group(tree, tmp_path / "small", world_size, kill_at=(victim, kill))
@@ -64,12 +72,10 @@ def test_killed_at_random_steps_it_ends_bitwise_equal(
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize(
-    "exchange", [{}, {"train__gather_rows": True, "model__projector": {"width": 160}}]
-)
-def test_sizes_that_change_on_the_way_end_within_rounding(phantom_shards, tmp_path, exchange):
+@pytest.mark.parametrize("changes", list(CHANGES))
+def test_sizes_that_change_on_the_way_end_within_rounding(phantom_shards, tmp_path, changes):
     # A small learning rate: a large one makes any rounding grow, that of another size too.
-    gentle = {"train__optimizer": "lars", "train__warmup_epochs": 3, **exchange}
+    gentle = {"train__optimizer": "lars", "train__warmup_epochs": 3, **CHANGES[changes]}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     double = partial(run_group, kind=torch.float64)
     double(settings(phantom_shards, whole, **gentle), whole / "small", 1)
