@@ -188,7 +188,7 @@ def gathered(mine: torch.Tensor, shares: Sequence[int]) -> list[torch.Tensor]:
 
 
 def gather_begun(mine: torch.Tensor, shares: Sequence[int]) -> Callable[[], list[torch.Tensor]]:
-    """The same of rows that are sent off now; what is called for all of them waits for them."""
+    """Begin to gather: what is returned, when it is called, waits for the rows and gives them."""
     if len(shares) == 1:
         return lambda: [mine]
     padded = mine.new_zeros(max(shares), mine.shape[1])
