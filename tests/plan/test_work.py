@@ -30,6 +30,21 @@ from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.step import TwoViews, gathered_layers
 
 
+@pytest.fixture
+def gathered(monkeypatch):
+    """The bytes of each gather of a group whose other workers send what this one does."""
+    sizes = []
+
+    def gather(parts, own, async_op=False):
+        sizes.append(len(parts) * own.nbytes)
+        for part in parts:
+            part.copy_(own)
+        return Mock()
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    return sizes
+
+
 def test_a_resnet18_has_the_flops_of_a_count_by_hand():
     def convolution(kernel, inputs, outputs, side):
         return 2 * kernel**2 * inputs * outputs * side**2
@@ -145,23 +160,14 @@ def test_a_baselines_loss_computes_and_moves_what_its_formula_says(method, batch
 
 
 @pytest.mark.parametrize("method", FROM_LIBRARY)
-def test_a_baseline_gathers_its_embeddings(config, monkeypatch, method):
+def test_a_baseline_gathers_its_embeddings(config, monkeypatch, gathered, method):
     settings = config(train__batch_size=8).model_dump(by_alias=True)
     settings["model"] = {"backbone": "test_resnet", "projector": {"width": 16}}
     settings = parse_config(settings | {"method": method}, "test")
-    gathered = []
-
-    def gather(parts, own, async_op=False):
-        gathered.append(len(parts) * own.nbytes)
-        for part in parts:
-            part.copy_(own)
-        return Mock()
-
     for module in (global_batch, batch_norm):
         monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(baselines, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "all_gather", gather)
     monkeypatch.setattr(dist, "all_reduce", lambda x: None)
     model = convert_batch_norm(build_model(settings.model, 0), torch.device("cpu"))
     first, second, _ = TwoViews(model)(*torch.rand(2, 4, 1, 32, 32))
@@ -188,21 +194,13 @@ def test_a_training_on_labels_exchanges_two_numbers(config, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [16, 4])
-def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
+def test_a_group_exchanges_what_is_counted(config, monkeypatch, gathered, width):
     # A group of two whose other half sends nothing: what this half sends is written down.
     settings = config(model__projector={"width": width}, train__batch_size=8)
     work = count_work(settings, 4)
-    gathered, reduced = [], []
-
-    def gather(parts, own, async_op=False):
-        gathered.append(len(parts) * own.nbytes)
-        for part in parts:
-            part.copy_(own)
-        return Mock()
-
+    reduced = []
     for module in (global_batch, batch_norm):
         monkeypatch.setattr(module, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather", gather)
     monkeypatch.setattr(dist, "all_reduce", lambda x: reduced.append(x.nbytes))
     model = convert_batch_norm(build_model(settings.model, 0), torch.device("cpu"))
     first, second, _ = TwoViews(model)(*torch.rand(2, 4, 1, 32, 32))
@@ -223,20 +221,11 @@ def test_a_group_exchanges_what_is_counted(config, monkeypatch, width):
     assert exchange.loss_bytes == pytest.approx(ours[1], abs=100)
 
 
-def test_a_group_that_gathers_rows_exchanges_what_is_counted(config, monkeypatch):
+def test_a_group_that_gathers_rows_exchanges_what_is_counted(config, gathered):
     changes = {"model__projector": {"width": 160}, "train__batch_size": 8}
     plain = count_work(config(**changes), 4)
     settings = config(**changes, train__gather_rows=True)
     work = count_work(settings, 4)
-    gathered = []
-
-    def gather(parts, own, async_op=False):
-        gathered.append(len(parts) * own.nbytes)
-        for part in parts:
-            part.copy_(own)
-        return Mock()
-
-    monkeypatch.setattr(dist, "all_gather", gather)
     module = TwoViews(build_model(settings.model, 0))
     gather_rows(gathered_layers(module.model, settings.train), [8, 8])
     embeddings = module(*torch.rand(2, 4, 1, 32, 32))[:2]
