@@ -59,7 +59,7 @@ def measure() -> list[Row]:
             alone = statistics.median(seconds(step) for _ in range(5))
             held.append(seconds(lambda number=round_: saver.save(number)))
             beside, steps = 0.0, 0
-            while saver._writing is not None and not saver._writing.done():
+            while saver.writing:
                 beside, steps = beside + seconds(step), steps + 1
             added.append(held[-1] + max(beside - steps * alone, 0.0))
             saver.look(wait=True)

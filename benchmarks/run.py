@@ -21,6 +21,7 @@ RESULTS = HERE / "RESULTS.md"
 NAMES = (
     "step",
     "covariance",
+    "covariance_shares",
     "loader",
     "ingest",
     "scaling",

@@ -184,9 +184,9 @@ def _add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
 
 
 def _whole(text: str, least: int = 0) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least}")
     return value
 
 

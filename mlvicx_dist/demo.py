@@ -6,6 +6,8 @@ every step can be run again by hand.
 
 from __future__ import annotations
 
+import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +39,9 @@ PRETRAIN = """\
 # (two workers of one core each take twice as long).
 # Command: mlvicx pretrain {out}/pretrain.yaml
 kind: pretrain
-run: {{name: demo, storage_path: {out}}}
+run: {{name: demo, storage_path: "{out}"}}
 data:
-  shards: [{{path: {out}/shards}}]
+  shards: [{{path: "{out}/shards"}}]
   splits: [train, val]
 views:
   image_size_px: 64
@@ -66,7 +68,7 @@ EVALUATE = """\
 # Command: mlvicx evaluate {out}/demo {out}/evaluate.yaml
 kind: evaluate
 name: phantoms
-data: {{shards: [{out}/shards]}}
+data: {{shards: ["{out}/shards"]}}
 """
 
 
@@ -91,10 +93,14 @@ def demo(out: str | Path) -> Demonstration:
         say(f"1 of 4: {PHANTOMS} phantom radiographs into shards")
         _shard(out)
         for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
-            write_whole(out / f"{name}.yaml", text.format(out=out).encode())
+            # As JSON has it, and so YAML, between quotes.
+            quoted = json.dumps(str(out))[1:-1]
+            write_whole(out / f"{name}.yaml", text.format(out=quoted).encode())
         say("2 of 4: pretraining without labels")
         outcome = pretrain(load_as(PretrainConfig, out / "pretrain.yaml"))
     if outcome.stopped_by:
+        # To whoever listens for the whole command, whose exit code tells which it was.
+        signal.raise_signal(outcome.stopped_by)
         raise KeyboardInterrupt
     run = outcome.run_dir
     say("3 of 4: a linear probe, beside the same encoder untrained")

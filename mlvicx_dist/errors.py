@@ -47,6 +47,16 @@ class TooManyRefusedError(UserError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line, which is the cause in errors that Ray hands on; likewise."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """A hint such as ` (did you mean 'levels'?)`, or nothing where no allowed word is near."""
     matches = get_close_matches(word, list(allowed), n=1, cutoff=0.6)

@@ -119,7 +119,11 @@ def answer(text: str) -> bool:
     That it is not read to its end, as by `head`, is no error; a full disk is one, which is said.
     """
     try:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError as error:
+            # A terminal of an old encoding.
+            print(text.encode(error.encoding, "replace").decode(error.encoding), flush=True)
     except OSError as error:
         # Python would try again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlvicx_dist.capacity import check_resources, this_machine, whole_cluster
-from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.errors import DataError, ResourceError, first_line
 from mlvicx_dist.stopping import sigterm_as_before
 from mlvicx_dist.storage import temporary, write_whole
 
@@ -191,8 +191,8 @@ def _start(mark: str, *, deaf: bool, dashboard: bool) -> None:
     except Exception as error:
         # Ray has no class of its own for a node that does not come up in time.
         raise ResourceError(
-            f"Ray does not start on this machine ({_first(error)}); see that cores, memory and "
-            "the temp dir's disk are free, and run the same command again."
+            f"Ray does not start on this machine ({first_line(error).rstrip('.')}); see that "
+            "cores, memory and the temp dir's disk are free, and run the same command again."
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -262,14 +262,9 @@ def _connect() -> None:
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ResourceError(
             f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster can be used there "
-            f"({_first(error)}); correct the address or the token, or unset it to run on this "
-            "machine."
+            f"({first_line(error).rstrip('.')}); correct the address or the token, or unset it to "
+            "run on this machine."
         ) from None
-
-
-def _first(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def in_parallel(

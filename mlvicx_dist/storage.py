@@ -39,17 +39,19 @@ EXTRAS = {"s3": "s3", "gs": "gs"}
 
 
 def place(text: str | Path) -> Place:
-    """A path or URL as a pathlib path (`UPath`), local ones as the plain `Path` that they are.
+    """A path or URL as a pathlib path (`UPath`), local ones as a plain and absolute `Path`.
 
     Raises:
         DataError: the scheme is not one of ours (`pipe:` runs a shell), or its library is missing.
     """
-    if isinstance(text, Path | UPath):
+    if isinstance(text, UPath):
         return text
+    if isinstance(text, Path):
+        # Ray's workers have another working folder.
+        return text.expanduser().absolute()
     scheme, colon, rest = text.partition(":")
     if not colon or "/" in scheme or (not rest.startswith("//") and Path(text).exists()):
-        # Ray's workers have another working folder.
-        return Path(text).expanduser().absolute()
+        return place(Path(text))
     if scheme not in SCHEMES or not rest.startswith("//"):
         raise DataError(
             f"{text}: '{scheme}:' is no place that can be used{nearest(scheme, SCHEMES)}; give a "
@@ -87,8 +89,8 @@ def reaching(path: Place) -> Iterator[None]:
     except Exception as error:
         if is_local(path):
             raise
-        first = (str(error).splitlines() or [""])[0]
-        raise OSError(f"{type(error).__name__}: {first}") from error
+        words = str(error).strip().splitlines()[:1]
+        raise OSError(": ".join([type(error).__name__, *words])) from error
 
 
 @contextmanager
@@ -108,8 +110,13 @@ def becoming(path: Place, *, mode: int = 0o644) -> Iterator[Path]:
             # Who writes knows what to do when it cannot be.
             raise OSError(str(error)) from None
         _remove_left(folder)
-        lock, name = tempfile.mkstemp(dir=folder)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            lock, name = tempfile.mkstemp(dir=folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Until it was locked, another process could take it for one that was left.
+            if os.fstat(lock).st_nlink:
+                break
+            os.close(lock)
         partial = Path(name)
     try:
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode))

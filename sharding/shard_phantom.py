@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlvicx_dist.ingest.command import run_sharding
@@ -24,17 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the population (%(default)s)")
     add("--size-px", type=int, default=256, help="side of the drawn images (%(default)s)")
     add("--dicom-fraction", type=float, default=0.2, help="written as DICOM (%(default)s)")
-    add("--source", type=Path, help="folder of the drawn images (default: OUT-images)")
+    add("--source", help="folder of the drawn images (default: OUT-images)")
 
 
 def list_records(options: argparse.Namespace) -> Listing:
     """Draw what is not drawn yet, then list it as the folder source does."""
+    from mlvicx_dist.errors import DataError
     from mlvicx_dist.ingest.sources.anatomy import CLASSES
     from mlvicx_dist.ingest.sources.folder import Columns, list_csv
     from mlvicx_dist.ingest.sources.phantom import SALT, write_phantoms
     from mlvicx_dist.progress import progress
+    from mlvicx_dist.storage import is_local, place
 
-    source = options.source or Path(options.out + "-images")
+    source = place(options.source or f"{options.out}-images")
+    if not is_local(source):
+        raise DataError(
+            f"{source}: phantoms are drawn into a folder of this machine; give one with --source."
+        )
     with progress("drawing", options.count, "phantoms") as bar:
         table = write_phantoms(
             source,

@@ -2,9 +2,10 @@
 
 import numpy as np
 from PIL import Image
+from runs import encode_runs
 
 from mlvicx_dist.config import EvaluateConfig, LocalHead, Model, Projector
-from mlvicx_dist.ingest.masks import RunLengths, encode_runs
+from mlvicx_dist.ingest.masks import RunLengths
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.record import Box, Record
 from mlvicx_dist.ingest.shard_task import PackSettings

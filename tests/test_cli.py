@@ -50,10 +50,12 @@ def test_an_unknown_command_is_the_users_error():
     assert caught.value.code == 2
 
 
-def test_fewer_than_no_loader_processes_are_the_users_error(capsys):
+@pytest.mark.parametrize("given", ["-1", "x", "1.5"])
+def test_what_is_no_number_of_loader_processes_is_the_users_error(given, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["embed", "run", "shards", "--out", "x", "--loader-workers", "-1"])
-    assert caught.value.code == 2 and "-1 is less than 0" in capsys.readouterr().err
+        main(["embed", "run", "shards", "--out", "x", "--loader-workers", given])
+    assert caught.value.code == 2
+    assert f"'{given}' is no whole number from 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,18 @@ def test_an_answer_that_is_not_read_to_its_end_is_no_error():
     command = f'{sys.executable} -c "{script}" | head -1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_an_answer_in_letters_that_a_terminal_lacks_is_given_all_the_same():
+    script = "from mlvicx_dist.progress import answer; answer('Pleural_Thick…')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Pleural_Thick?\n", "")
 
 
 def test_overrides_without_settings_are_refused(capsys):

@@ -66,6 +66,11 @@ def test_overrides_reach_lists_and_make_sections(file):
         ("views.crop_scale=[1.0, 0.2]", ["views", "low <= high"]),
         ("kind=pretain", ["kind", "'pretrain'"]),
         ("workers.min=5", ["workers", "min must not be more"]),
+        ("data.shards[0].path=b", ["'data.shards[0]' does not exist", "'shards'"]),
+        ("data.shards.²=b", ["0 to 0"]),
+        ("list=1", ["'list' does not exist"]),
+        ("kind=[pretrain]", ["'kind' is ['pretrain']", "pretrain, evaluate"]),
+        ("method=[vicreg]", ["'method' is", "simclr"]),
     ],
 )
 def test_a_mistake_is_one_sentence(file, override, words):

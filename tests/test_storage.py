@@ -1,11 +1,13 @@
 """Places: local, s3 and http; whole files or none; nothing that runs a shell."""
 
+import fcntl
 import functools
 import http.server
 import os
 import tempfile
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import s3fs
@@ -13,6 +15,7 @@ import s3fs
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import (
+    _remove_left,
     becoming,
     files_below,
     listed,
@@ -36,6 +39,17 @@ def test_local_paths_stay_paths(tmp_path):
     odd = tmp_path / "a:b"
     odd.touch()
     assert place(str(odd)) == odd
+
+
+def test_a_path_is_of_this_working_folder_wherever_it_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for given in ("a/b", Path("a/b")):
+        assert place(given) == tmp_path / "a" / "b"
+        assert place(given).is_absolute()
+    assert place(Path("~/c")) == tmp_path / "home" / "c"
+    remote = place("http://127.0.0.1:9/x")
+    assert place(remote) is remote
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
@@ -124,3 +138,23 @@ def test_what_a_killed_process_left_of_a_remote_write_goes(s3, tmp_path, monkeyp
             path.write_bytes(b"whole")
     assert list(folder.iterdir()) == []
     assert read_bytes(place(f"{s3}/first")) == read_bytes(place(f"{s3}/second")) == b"whole"
+
+
+def test_a_remote_write_that_another_process_took_for_left_begins_again(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flock, removed = fcntl.flock, []
+
+    def late(file, how):
+        if how == fcntl.LOCK_EX and not removed:
+            removed.extend(temporary("partial").iterdir())
+            _remove_left(temporary("partial"))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with becoming(place(f"{s3}/a")) as partial:
+        assert len(removed) == 1
+        with partial.open("rb") as file, pytest.raises(BlockingIOError):
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.write_bytes(b"whole")
+    assert read_bytes(place(f"{s3}/a")) == b"whole"
+    assert list(temporary("partial").iterdir()) == []

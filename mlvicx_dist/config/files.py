@@ -109,7 +109,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], name: str) -> Config:
     """Check a tree of settings; `name` says in an error where it came from."""
     kind = tree.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         hint = nearest(str(kind), KINDS)
         raise ConfigError(
             f"{name}: the key 'kind' is {kind!r}, but must be one of {', '.join(KINDS)}{hint}."
@@ -150,6 +150,9 @@ def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:
     # The members of a union each complain; a wrong key says more than a wrong value.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     parts = [p for p in first["loc"] if not (isinstance(p, str) and _is_branch(p))]
+    if first["type"] == "extra_forbidden":
+        # The last part is the user's own word, whatever it looks like.
+        parts = [*parts, first["loc"][-1]] if parts[-1:] != [first["loc"][-1]] else parts
     key = ".".join(str(part) for part in parts)
     if first["type"] == "extra_forbidden":
         known = _keys_below(root, parts[:-1])

@@ -52,7 +52,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> Non
 
 
 def _index(items: list[Any], key: str, where: str) -> int:
-    if key.isdigit() and int(key) < len(items):
+    if key.isdecimal() and int(key) < len(items):
         return int(key)
     raise ConfigError(
         f"{where}: '{key}' is no place in a list of {len(items)}; use 0 to {len(items) - 1}."

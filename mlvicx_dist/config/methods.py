@@ -26,7 +26,7 @@ LOSS_KEYS: dict[Method, tuple[str, ...]] = {
 }
 """What of `loss` each method reads."""
 _EACH = ("backbone", "channels", "init")
-MODEL_KEYS: dict[Method, tuple[str, ...]] = {
+MODEL_KEYS: dict[str, tuple[str, ...]] = {
     "mlvicx": (*_EACH, "levels", "level_convs", "context", "local", "projector"),
     "vicreg": (*_EACH, "projector"),
     "barlow_twins": (*_EACH, "projector"),

@@ -314,7 +314,7 @@ class PretrainConfig(Settings):
     @classmethod
     def _implied(cls, tree: Any) -> Any:
         method = tree.get("method", "mlvicx") if isinstance(tree, dict) else None
-        if method == "mlvicx" or method not in METHODS:
+        if not isinstance(method, str) or method == "mlvicx" or method not in METHODS:
             return tree
         model = tree.get("model", {})
         if not isinstance(model, dict):

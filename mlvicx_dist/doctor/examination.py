@@ -13,7 +13,7 @@ from mlvicx_dist.config import NUMBER_BYTES, PretrainConfig
 from mlvicx_dist.doctor import findings
 from mlvicx_dist.doctor.findings import Finding
 from mlvicx_dist.doctor.node import Probe
-from mlvicx_dist.errors import UserError
+from mlvicx_dist.errors import UserError, last_line
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import ray_session
 
@@ -106,7 +106,7 @@ class _Ward:
             except GetTimeoutError:
                 silent[node] = f"nothing in {ANSWER_S:.0f} s"
             except RayError as error:
-                silent[node] = _why(error)
+                silent[node] = last_line(error)
         for node in silent:
             del self._probes[node]
         return answers, silent
@@ -142,7 +142,7 @@ class _Ward:
             yield Finding(
                 "exchange",
                 "bad",
-                f"the nodes cannot exchange data ({_why(error)})",
+                f"the nodes cannot exchange data ({last_line(error)})",
                 "open all ports between them, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to "
                 "the interface that they share",
             )
@@ -196,7 +196,7 @@ class _Ward:
         # Measured while this process looks at the rest.
         measuring = self._ask_rates(config, each(config.workers)) if self._probes and room else None
         try:
-            parameters = check_model(config)
+            check_model(config)
             check_workers(config)
             self._check_memory(config)
             shards = open_shards(config)
@@ -217,7 +217,9 @@ class _Ward:
         yield findings.loading(rates["loader"], rates["step"], config.data.loader_workers)
         if self._bytes_per_s:
             step_s = config.train.batch_size / workers / rates["step"]
-            layers = gathered_layers(shapes_of(config), config.train)
+            model = shapes_of(config)
+            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            layers = gathered_layers(model, config.train)
             reduced = parameters - sum(layer.weight.numel() for layer in layers)
             exchanged = NUMBER_BYTES[config.train.gradients] * reduced
             # A gather passes a byte once, an all-reduce twice.
@@ -268,7 +270,12 @@ class _Ward:
             seen, _ = self._all("sees", folder, name)
             blind += [(node, writer) for node, there in seen.items() if not there]
         for name in names.values():
-            self._all("remove", folder, name)
+            kept, _ = self._all("remove", folder, name)
+            writes |= {
+                node: {"error": f"nothing can be removed ({why})"}
+                for node, why in kept.items()
+                if why
+            }
         yield from findings.storage(folder, "run.storage_path", writes, blind)
 
 
@@ -299,9 +306,4 @@ def _rates(asked: Any) -> dict[str, Any]:
             "remedy": "see `ray status`",
         }
     except RayError as error:
-        return {"state": "bad", "error": f"a worker died ({_why(error)})"}
-
-
-def _why(error: BaseException) -> str:
-    """The last line of what an error says, which is its cause in those that Ray hands on."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return {"state": "bad", "error": f"a worker died ({last_line(error)})"}

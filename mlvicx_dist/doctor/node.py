@@ -19,7 +19,7 @@ from typing import Any
 from mlvicx_dist.capacity import memory_bytes
 from mlvicx_dist.config import PretrainConfig
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.storage import make_folder, place, read_bytes, told, write_whole
+from mlvicx_dist.storage import make_folder, place, reaching, read_bytes, told, write_whole
 
 EXCHANGE_BYTES = 2**25
 """What is all-reduced at a time: about one bucket of gradients."""
@@ -97,9 +97,15 @@ class Probe:
         except OSError:
             return False
 
-    def remove(self, folder: str, name: str) -> None:
-        """Remove what `write` left."""
-        (place(folder) / name).unlink(missing_ok=True)
+    def remove(self, folder: str, name: str) -> str:
+        """Remove what `write` left; why that cannot be, or nothing."""
+        path = place(folder) / name
+        try:
+            with reaching(path):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            return told(error)
+        return ""
 
     def meeting_point(self) -> str:
         """An address and a free port of this node."""

@@ -7,15 +7,16 @@ import math
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlvicx_dist.config import PretrainConfig, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate.methods import Method
-from mlvicx_dist.storage import Place, is_local, read_bytes, write_whole
+from mlvicx_dist.storage import Place, is_local, write_whole
 from mlvicx_dist.train.launch import pretrain, writing
+from mlvicx_dist.train.left import left_json
 from mlvicx_dist.train.runlog import read_rows
 
 STEPS, EVERY, IGNORED = 24, 4, 2
@@ -138,24 +139,20 @@ def read_rates(folder: Place) -> dict[str, Rate]:
     Raises:
         DataError: the file is damaged.
     """
-    path = folder / FILE
-    with suppress(FileNotFoundError):
-        try:
-            tree = json.loads(read_bytes(path))
-            return {
-                name: Rate(float(one["step_s"]), float(one["reference_step_s"]))
-                for name, one in tree.items()
-            }
-        except (ValueError, AttributeError, TypeError, KeyError):
-            raise DataError(
-                f"{path}: the measured rates are damaged; restore the file, or give the comparison "
-                "another name."
-            ) from None
-    return {}
+    path, remedy = folder / FILE, "restore the file, or give the comparison another name"
+    try:
+        return {
+            name: Rate(float(one["step_s"]), float(one["reference_step_s"]))
+            for name, one in (left_json(path, remedy=remedy) or {}).items()
+        }
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: the measured rates are damaged; {remedy}.") from None
 
 
 def _short(config: PretrainConfig) -> PretrainConfig:
     tree = to_tree(config)
+    # Nobody looks for a run that measures time, nor for its samples.
+    tree["run"] |= {"track": {}, "samples_path": None}
     tree["train"]["log_every_steps"] = EVERY
     tree["checkpoint"] |= {"every_s": 1e9, "every_steps": None, "export_every": None}
     return PretrainConfig.model_validate(tree)

@@ -32,7 +32,7 @@ SAME_SCORES = {
 PACE = {
     "workers": ("num", "min", "cpus_per_worker", "use_gpu"),
     "data": ("loader_workers",),
-    "train": ("recompute",),
+    "train": ("recompute", "gather_rows"),
 }
 """Settings of a pretraining that change its seconds of a step and none of its numbers."""
 INIT = "train.init_from"

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from mlvicx_dist.config import SUPERVISED, CompareConfig
-from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.budget import read_rates
 from mlvicx_dist.evaluate.compare_table import markdown
 from mlvicx_dist.evaluate.differences import judged
 from mlvicx_dist.evaluate.methods import Method, methods_of
 from mlvicx_dist.evaluate.task import Scores, read_images, read_scores
 from mlvicx_dist.progress import say
-from mlvicx_dist.storage import Place, read_bytes, write_whole
+from mlvicx_dist.storage import Place, write_whole
 from mlvicx_dist.train.launch import writing
-from mlvicx_dist.train.left import left_settings
+from mlvicx_dist.train.left import left_json, left_settings
 from mlvicx_dist.train.runlog import read_rows
 
 SETTINGS, RESULT, TABLE = "compare.yaml", "comparison.json", "comparison.md"
@@ -44,16 +42,8 @@ def read_diverged(folder: Place) -> dict[str, str]:
     Raises:
         DataError: the file is damaged.
     """
-    path = folder / DIVERGED
-    with suppress(FileNotFoundError):
-        try:
-            return {str(run): str(cause) for run, cause in json.loads(read_bytes(path)).items()}
-        except (ValueError, AttributeError):
-            raise DataError(
-                f"{path}: the list of runs that diverged is damaged; restore the file, or remove "
-                "it to try them again."
-            ) from None
-    return {}
+    known = left_json(folder / DIVERGED, remedy="restore the file, or remove it to try them again")
+    return {str(run): str(cause) for run, cause in (known or {}).items()}
 
 
 def write_diverged(folder: Place, cause: str, *runs: str) -> None:

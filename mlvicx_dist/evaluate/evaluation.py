@@ -20,7 +20,7 @@ from mlvicx_dist.config import PIXELS, SUPERVISED, EvaluateConfig, to_tree
 from mlvicx_dist.errors import DataError, UserError
 from mlvicx_dist.evaluate.calibration import brier_score, calibration_error
 from mlvicx_dist.evaluate.delong import delong
-from mlvicx_dist.evaluate.embed import Embeddings, about_shards, embed_shards
+from mlvicx_dist.evaluate.embed import Embeddings, about_shards, device_of, embed_shards
 from mlvicx_dist.evaluate.few import few_labels
 from mlvicx_dist.evaluate.finetune import check_fine_tune, fine_tune
 from mlvicx_dist.evaluate.folds import all_judged, counted, fold_of, folds_of, joined, probed
@@ -73,6 +73,9 @@ def evaluate_checkpoint(
     seed = told_seed or 0
     bare = untrained(encoder, seed)
     size_px = settings.embedding.image_size_px or encoder.image_size_px
+    if settings.segment or settings.localise:
+        # Embeddings look for a GPU on any node, these two run here.
+        device_of(settings.embedding.use_gpu)
     masks, boxes = _marked(encoder, settings, size_px)
     if settings.fine_tune:
         check_fine_tune(settings, settings.fine_tune)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.shards import ShardInfo
+from mlvicx_dist.ingest.shards import NO_ARRAY, ShardInfo
 from mlvicx_dist.model.encoder import encoder_digest
 from mlvicx_dist.storage import told, write_whole
 from mlvicx_dist.stream.cache import Cache
@@ -61,12 +61,15 @@ class Made:
         """The embeddings of a shard, float32 [samples, F]; None where they are not there."""
         if self.cache is None:
             return None
-        path = self.cache.path() / f"{self._name(shard)}.npy"
         try:
-            features: np.ndarray = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            # Not of a folder of another user.
+            path = room_at(self.cache.path()).path / f"{self._name(shard)}.npy"
+            # As an index is read: `np.load` takes other formats too.
+            data = io.BytesIO(path.read_bytes())
+            features: np.ndarray = np.lib.format.read_array(data, allow_pickle=False)
             # What is used stays.
             os.utime(path)
-        except (OSError, ValueError, EOFError):
+        except (OSError, DataError, *NO_ARRAY):
             return None
         right = features.dtype == np.float32 and features.ndim == 2
         return features if right and len(features) == shard.samples else None

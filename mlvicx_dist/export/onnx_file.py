@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlvicx_dist.errors import CheckpointError, ConfigError
+from mlvicx_dist.errors import CheckpointError, ConfigError, first_line
 from mlvicx_dist.export.agreement import TOLERANCE, difference, phantoms
 from mlvicx_dist.model.encoder import Encoder
 
@@ -72,7 +72,7 @@ def onnx_bytes(encoder: Encoder) -> tuple[bytes, bool]:
         try:
             data = _written(encoder, free)
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0][:120]
+            reason = first_line(error.__cause__ or error)[:120]
         else:
             wrong = [why for size in sizes if (why := _wrong(encoder, data, size))]
             if not wrong:

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_dist.errors import UserError
@@ -27,7 +28,9 @@ def run_sharding(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     list_records: Callable[[argparse.Namespace], Listing],
 ) -> int:
-    """Run a sharding script; its exit code is 0 done, 2 the user's error, 3 too many refused.
+    """Run a sharding script; its exit code is as `mlvicx` has it.
+
+    0 done, 1 failed, 2 the user's error, 3 too many refused, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         description: What `--help` says first.
@@ -38,7 +41,8 @@ def run_sharding(
     options = parser.parse_args()
     asked: list[int] = []
     try:
-        with sigterm_interrupts() as asked:
+        # Ray prints of its own accord: stdout is for the answer alone.
+        with redirect_stdout(sys.stderr), sigterm_interrupts() as asked:
             document = _pack(options, list_records)
     except UserError as error:
         print(plain(f"{parser.prog}: {error}"), file=sys.stderr)

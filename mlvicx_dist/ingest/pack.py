@@ -211,7 +211,8 @@ def _leave_out_copies(
         )
     dropped = frozenset(leak.first.key for leak in found)
     again = [
-        replace(task, dropped=dropped)
+        # What an earlier start left out has no hash here, and stays out.
+        replace(task, dropped=dropped | frozenset(done[task.name]["dropped"]))
         for task in tasks
         if dropped & {key for key, _ in done[task.name]["hashes"]}
     ]

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from mlvicx_dist.errors import DataError
+
 SIDE_PX, FIRST, COUNT = 64, 2, 16
 """Side of the thumbnail, and which of its frequencies a side are kept: 2 to 17."""
 BITS = COUNT**2
@@ -39,9 +41,15 @@ def as_words(hashes: Sequence[str]) -> np.ndarray:
     """Hashes as numbers, uint64 [n, 4].
 
     Raises:
-        ValueError: one of them is not 64 hexadecimal digits.
+        DataError: one of them is not 64 hexadecimal digits.
     """
-    joined = b"".join(bytes.fromhex(one) for one in hashes)
+    try:
+        octets = [bytes.fromhex(one) for one in hashes]
+    except (ValueError, TypeError):
+        octets = [b""]
+    if any(len(one) != BITS // 8 for one in octets):
+        raise DataError("a perceptual hash is damaged; run 'mlvicx verify' on each shard folder.")
+    joined = b"".join(octets)
     return np.frombuffer(joined, dtype=">u8").reshape(len(hashes), BITS // 64).astype(np.uint64)
 
 

@@ -44,6 +44,8 @@ OWNER = ("root", "root", 0, 0)
 KEY_LENGTH = 32
 INDEX_DTYPE = np.dtype([("key", f"S{KEY_LENGTH}"), *((name, "<i8") for name in NUMBERS)])
 """One row a sample; the mask's numbers are 0 where there is none."""
+NO_ARRAY = (ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, TokenError)
+"""What NumPy says of a damaged file of an array."""
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 """Both become parts of paths, here and in a cache."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -225,7 +227,8 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
 
     Raises:
         DataError: the tar is cut short, a sample has no image or no JSON, or a member is none of
-            ours: a link, a folder, a path, sparse, of another owner, there twice.
+            ours: a link, a folder, a path, sparse, of another owner, there twice, or its key is
+            too long or not ASCII.
     """
     rows: dict[str, dict[str, int]] = {}
     try:
@@ -239,6 +242,7 @@ def build_index(shard: IO[bytes], name: str) -> np.ndarray:
                 if (
                     not plain
                     or len(key) > KEY_LENGTH
+                    or not key.isascii()
                     or (kind == "image" and suffix not in IMAGE_SUFFIXES)
                 ):
                     raise DataError(f"{name}: the member {member.name} does not belong in a shard")
@@ -287,9 +291,11 @@ def parse_index(data: bytes, info: ShardInfo) -> np.ndarray | None:
     try:
         # Not `np.load`, which takes other formats too.
         index: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, TokenError):
+    except NO_ARRAY:
         return None
     if index.dtype != INDEX_DTYPE or index.shape != (info.samples,):
+        return None
+    if not index["key"].tobytes().isascii():
         return None
     for kind in ("image", "json", "mask"):
         offsets, sizes = index[f"{kind}_offset"], index[f"{kind}_size"]

@@ -31,7 +31,7 @@ from mlvicx_dist.ingest.shards import (
 )
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.session import in_parallel
-from mlvicx_dist.storage import Place, is_local, place, reaching, read_bytes, told
+from mlvicx_dist.storage import Place, is_local, listed, place, reaching, read_bytes, told
 
 HEX32, HEX64 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 SIDES = {"label", "left", "top", "right", "bottom"}
@@ -155,9 +155,8 @@ def verify(
         totals[shard.split] += shard.samples
     if dict(totals) != dict(manifest.splits):
         found.append(f"{manifest.folder}/manifest.json: the split counts do not add up")
-    known = {shard.name for shard in manifest.shards}
-    stray = sorted(p.name for p in manifest.folder.glob("*.tar") if p.name not in known)
-    found += [f"{manifest.folder / name}: the manifest does not name this shard" for name in stray]
+    strays, notes = _strays(manifest)
+    found += strays
     leaks: list[Leak] = []
     if not found:
         images = [one for each in (manifest, *others) for one in hashed(each)]
@@ -169,12 +168,30 @@ def verify(
         samples=sum(keys.values()),
         problems=tuple(found),
         leaks=tuple(leaks),
-        notes=tuple(
-            f"{other.folder}: packed {why}, so only its images can be compared, not its patients."
-            for other in others
-            if (why := apart(manifest, other))
+        notes=(
+            *notes,
+            *(
+                f"{other.folder}: packed {why}, so only its images can be compared, not its "
+                "patients."
+                for other in others
+                if (why := apart(manifest, other))
+            ),
         ),
     )
+
+
+def _strays(manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Shards that the manifest does not name, or a note that they cannot be looked for."""
+    folder, known = manifest.folder, {shard.name for shard in manifest.shards}
+    try:
+        names = sorted(path.name for path in listed(folder))
+    except OSError as error:
+        return [], [
+            f"{folder}: it cannot be listed ({told(error)}), so shards that the manifest does not "
+            "name were not looked for."
+        ]
+    strays = [name for name in names if name.endswith(".tar") and name not in known]
+    return [f"{folder / name}: the manifest does not name this shard" for name in strays], []
 
 
 def _torn(images: Sequence[Hashed], manifests: Sequence[Manifest], salt_digest: str) -> list[str]:

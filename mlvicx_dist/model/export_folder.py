@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mlvicx_dist.config import Model
-from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.errors import CheckpointError, first_line
 from mlvicx_dist.model.encoder import Encoder, load_strictly
 from mlvicx_dist.storage import Place, becoming, is_local, told, write_whole
 
@@ -85,8 +85,8 @@ def _save(
             save_file(weights, file)
         for name, data in more.items():
             write_whole(partial / name, data)
-        write_whole(partial / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
         write_whole(partial / CARD, card.encode())
+        write_whole(partial / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
@@ -147,5 +147,5 @@ def _no_export(folder: Path, error: Exception) -> str:
     elif isinstance(error, KeyError):
         reason = f"{DESCRIPTION} has no {error}"
     else:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     return f"{folder}: it is no whole export ({reason}); write it again with 'mlvicx export'."

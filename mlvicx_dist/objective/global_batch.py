@@ -36,8 +36,8 @@ def global_terms(
 ) -> tuple[dict[str, Terms], dict[str, torch.Tensor]]:
     """The terms of every head over the global batch, as `vic_terms` defines them.
 
-    Three collectives for all heads and both views together, and one more where a head has N >= D.
-    The work on matrix products falls as 1/W.
+    Three collectives for all heads and both views together; for each head with N >= D two more, one
+    a view, and no gather where all heads are so. The work on matrix products falls as 1/W.
 
     Args:
         first: Embeddings of view 1 by head, [n_r, D_h] each.

@@ -20,7 +20,7 @@ import numpy as np
 from mlvicx_dist.errors import DataError, nearest
 from mlvicx_dist.ingest.record import ALLOWED_KEYS
 from mlvicx_dist.ingest.shards import Manifest, ShardInfo, decode_image, read_index, read_manifest
-from mlvicx_dist.storage import is_local
+from mlvicx_dist.storage import is_local, told
 from mlvicx_dist.stream.cache import Cache, RemoteShard
 from mlvicx_dist.stream.part import kept_bytes
 
@@ -179,7 +179,13 @@ def _member(shard: Path | RemoteShard, row: np.void, kind: str) -> bytes:
     offset, size = int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])
     if isinstance(shard, RemoteShard):
         return shard.read(offset, size)
-    data = os.pread(_descriptor(shard), size, offset)
+    try:
+        data = os.pread(_descriptor(shard), size, offset)
+    except OSError as error:
+        raise DataError(
+            f"{shard}: the shard cannot be read ({told(error)}); "
+            f"run 'mlvicx verify {_folder(shard)}' for the damage and its repair."
+        ) from None
     if len(data) != size:
         raise DataError(
             f"{shard}: the shard is cut short; run 'mlvicx verify {_folder(shard)}' "

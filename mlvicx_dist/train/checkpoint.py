@@ -10,10 +10,13 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from mlvicx_dist.errors import CheckpointError
+from mlvicx_dist.errors import CheckpointError, first_line
 from mlvicx_dist.storage import (
     Place,
     becoming,
@@ -39,6 +42,8 @@ from mlvicx_dist.storage import (
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+KEPT_S = 7 * 86400.0
+"""How long the copy of a remote checkpoint stays on a node after it was last asked for."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a local disk says, and no store."""
 
@@ -48,7 +53,8 @@ def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Plac
 
     Args:
         run_dir: Folder of the run, local or remote.
-        state: `model`, `optimizer`, `step`, `settings`, `manifests`, `data` and `versions`.
+        state: `model`, `optimizer`, `step`, `since_export`, `settings`, `manifests`, `data` and
+            `versions`.
         keep: How many checkpoints stay.
 
     Raises:
@@ -70,7 +76,7 @@ def save_checkpoint(run_dir: Place, state: dict[str, Any], *, keep: int) -> Plac
     except (OSError, RuntimeError) as error:
         # PyTorch's writer answers a full disk with a RuntimeError that comes of the OSError.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [""])[0]
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({reason}); free space or mend the access "
             "to it: the checkpoint before it stays."
@@ -94,7 +100,7 @@ def _retain(folder: Place, newest: str, keep: int) -> None:
 
 
 def clear_partial(run_dir: Place) -> None:
-    """Remove what a killed process left half written; only the run's one driver may."""
+    """Remove what a killed process left half written; only rank 0 of the run's one group may."""
     if not is_local(run_dir):
         return
     for path in (run_dir / "checkpoints").glob(".step-*.partial"):
@@ -160,7 +166,7 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     if is_local(path):
         check_digest(path)
         return Path(path)
-    folder = temporary("checkpoints", short_name(path.parent))
+    folder = copies_of(path.parent)
     copy = folder / path.name
 
     def fetch() -> None:
@@ -189,9 +195,18 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
     return copy
 
 
-def short_name(folder: Place) -> str:
-    """What the copies of a remote folder lie under: one a node, the last one asked for."""
-    return hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+def copies_of(folder: Place) -> Path:
+    """Where the node's copy of what was last asked for in a remote folder lies.
+
+    Copies of other folders that nobody asked for in `KEPT_S` are removed.
+    """
+    own = temporary("checkpoints", hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+    os.utime(own)
+    for other in own.parent.iterdir():
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > KEPT_S:
+                shutil.rmtree(other)
+    return own
 
 
 def uncopied(copy: Path, source: Place, error: OSError) -> str:
@@ -268,7 +283,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise CheckpointError(
             f"{path}: it cannot be read as a checkpoint ({reason}); give a step-*.pt of a run."
         ) from None

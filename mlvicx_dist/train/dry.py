@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlvicx_dist.config import PretrainConfig
-from mlvicx_dist.errors import ConfigError
+from mlvicx_dist.errors import ConfigError, first_line
 from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.train.step import TwoViews, random_model
@@ -47,7 +47,7 @@ def without_data(model: MLVICX, config: PretrainConfig) -> Iterator[None]:
             model.to_empty(device="cpu")
             yield
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"model.backbone {config.model.backbone}: it does not run with these settings "
             f"({reason}); choose a convolutional backbone such as resnet18, or "

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ray.train import UserCallback
 
-from mlvicx_dist.errors import TrainingError, UserError
+from mlvicx_dist.errors import TrainingError, UserError, last_line
 from mlvicx_dist.train.notices import Regroup
 from mlvicx_dist.train.rows import Reader, append
 
@@ -54,8 +54,7 @@ class Failures(UserCallback):
             f"{rank} on {nodes[rank]}" if rank < len(nodes) else str(rank)
             for rank in sorted(worker_exceptions)
         )
-        words = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-        last = words[-1][:200] if words else "no message"
+        last = last_line(next(iter(worker_exceptions.values())))[:200]
         self._failures = self._failures + 1 if step <= self._best else 1
         self._best = step
         if self._failures > self.max_failures:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlvicx_dist.capacity import check_resources, this_machine
 from mlvicx_dist.config import Workers
-from mlvicx_dist.errors import TrainingError
+from mlvicx_dist.errors import TrainingError, last_line
 from mlvicx_dist.session import on_cluster, ray_session
 from mlvicx_dist.train.allocator import FROM_THE_START
 from mlvicx_dist.train.shown import Row, Silence
@@ -160,9 +160,7 @@ class Fit(threading.Thread):
         if cause:
             raise cause from None
         if isinstance(self._error, TrainingFailedError):
-            words = str(self._error).strip().splitlines()
-            reason = words[-1] if words else "no message"
-            raise TrainingError(given_up(reason)) from self._error
+            raise TrainingError(given_up(last_line(self._error))) from self._error
         raise self._error
 
 

@@ -74,6 +74,11 @@ class Saver:
         self.failing = False
         self._patience_s = min(LAST_PATIENCE_S, config.workers.collective_timeout_s / 2)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None and not self._writing.done()
+
     def due(self, done: int) -> bool:
         """Whether the state after `done` steps is to be saved."""
         every = self.config.checkpoint.every_steps

@@ -16,15 +16,14 @@ from mlvicx_dist.storage import (
     place,
     reaching,
     read_bytes,
-    temporary,
     told,
     write_whole,
 )
 from mlvicx_dist.train.checkpoint import (
+    copies_of,
     local_copy,
     newest_checkpoint,
     read_checkpoint,
-    short_name,
     uncopied,
     unreached,
 )
@@ -134,7 +133,7 @@ def local_folder(folder: Place) -> Path:
         ) from None
     except OSError as error:
         raise CheckpointError(unreached(folder, error)) from None
-    copy = temporary("checkpoints", short_name(folder))
+    copy = copies_of(folder)
     try:
         for name, data in files.items():
             write_whole(copy / name, data)

@@ -14,7 +14,7 @@ from typing import Any
 from ray import cloudpickle
 from ray.tune import Callback
 
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import DataError, last_line
 from mlvicx_dist.storage import told
 from mlvicx_dist.train.checkpoint import remove_checkpoints
 from mlvicx_dist.train.failures import user_error
@@ -144,5 +144,4 @@ def _cause(trial: Any) -> str:
         error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     except Exception:
         return "its processes died"
-    lines = str(user_error(error) or error).strip().splitlines()
-    return lines[-1][:300] if lines else type(error).__name__
+    return last_line(user_error(error) or error)[:300]

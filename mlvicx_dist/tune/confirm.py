@@ -19,7 +19,7 @@ from ray.tune import Callback
 from scipy.special import stdtrit
 
 from mlvicx_dist.config import Bootstrap, SweepConfig
-from mlvicx_dist.errors import TrainingError
+from mlvicx_dist.errors import TrainingError, last_line
 from mlvicx_dist.evaluate.embed import Show, embed_samples
 from mlvicx_dist.evaluate.metrics import bootstrap_areas, over_classes
 from mlvicx_dist.evaluate.probe import fit_probe, knn_scores, mean_auroc
@@ -154,7 +154,7 @@ def _train(plan: Plan, trees: Sequence[dict[str, Any]], stop: Stop, *, at_once: 
     for result in results:
         metrics = result.metrics or {}
         if result.error:
-            causes.append(str(result.error).strip().splitlines()[-1])
+            causes.append(last_line(result.error))
         elif "cause" in metrics:
             diverged = DIVERGED if metrics["state"] == "diverged" else ""
             causes.append(diverged + str(metrics["cause"]))

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.stopper import Stopper
 
 from mlvicx_dist.capacity import slots
-from mlvicx_dist.errors import ResourceError, TrainingError, UserError
+from mlvicx_dist.errors import ResourceError, TrainingError, UserError, last_line
 from mlvicx_dist.session import scratch
 from mlvicx_dist.train.group import each, where_logs_are
 from mlvicx_dist.train.memory import PROCESS_BYTES, needed_bytes
@@ -147,9 +147,8 @@ def run_tune(
     except Exception as error:
         if stop.error:
             raise stop.error from None
-        words = str(error).strip().splitlines()
         raise TrainingError(
-            f"Ray Tune could not go on ({words[-1] if words else type(error).__name__}); "
+            f"Ray Tune could not go on ({last_line(error)}); "
             f"{where_logs_are()}, and the same command goes on without losing an ended trial."
         ) from error
     if stop.error:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -42,9 +43,28 @@ def test_what_is_written_is_read_and_removed(tmp_path):
     probe = Probe()
     answer = probe.write(str(tmp_path / "runs"))
     assert answer["write_s"] > 0 and probe.sees(str(tmp_path / "runs"), answer["name"])
-    probe.remove(str(tmp_path / "runs"), answer["name"])
+    assert not probe.remove(str(tmp_path / "runs"), answer["name"])
     assert list((tmp_path / "runs").iterdir()) == []
     assert not probe.sees(str(tmp_path / "runs"), answer["name"])
+
+
+def test_a_store_that_deletes_nothing_is_told(tmp_path, monkeypatch):
+    class Kept(Probe):
+        def remove(self, folder, name):
+            def refused(path, missing_ok):
+                raise PermissionError(13, "Permission denied")
+
+            monkeypatch.setattr(Path, "unlink", refused)
+            return super().remove(folder, name)
+
+    monkeypatch.setattr(
+        examination._Ward,
+        "_all",
+        lambda ward, method, *given: ({"a": getattr(Kept(), method)(*given)}, {}),
+    )
+    told = list(examination._Ward({}, {})._storage(str(tmp_path / "runs")))
+    assert told[0].state == "bad"
+    assert "nothing can be removed (Permission denied)" in told[0].words
 
 
 def test_a_store_without_credentials_is_told(monkeypatch, s3_server):

@@ -6,7 +6,7 @@ import json
 import pytest
 from small import small_tree
 
-from mlvicx_dist.config import Train, parse_config
+from mlvicx_dist.config import PretrainConfig, Train, parse_config, to_tree
 from mlvicx_dist.errors import DataError, DivergenceError
 from mlvicx_dist.evaluate import budget
 from mlvicx_dist.evaluate.budget import Rate, equal_time, measured, seconds_a_step
@@ -61,6 +61,14 @@ def test_a_method_is_measured_beside_the_reference(methods, machine, tmp_path):
     # All are known: none is measured.
     assert measured(tmp_path, [simclr], reference, 0).rates == {"simclr": Rate(0.4, 0.6)}
     assert len(ran) == 4
+
+
+def test_a_run_that_measures_is_seen_by_nobody(methods):
+    config = methods["mlvicx"].at(0, "x", 24)
+    tree = to_tree(config)
+    tree["run"] |= {"track": {"mlflow": "http://localhost"}, "samples_path": "samples"}
+    short = budget._short(PretrainConfig.model_validate(tree))
+    assert (short.run.track.mlflow, short.run.samples_path) == (None, None)
 
 
 def test_what_diverges_while_it_is_measured_is_left_out(methods, machine, tmp_path):

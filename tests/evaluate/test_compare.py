@@ -361,6 +361,7 @@ def test_settings_of_speed_make_another_comparison_at_equal_time(phantom_shards,
             ("workers", {"use_gpu": True}),
             ("data", {"loader_workers": 2}),
             ("train", {"recompute": True}),
+            ("train", {"gather_rows": True}),
         ]:
             pretrain = dict(plain["pretrain"])
             pretrain[section] = pretrain.get(section, {}) | changed
@@ -390,7 +391,7 @@ def test_the_weights_that_a_method_starts_from_are_part_of_it(
 def test_a_damaged_list_of_what_diverged_is_not_written_over(tmp_path):
     damaged = tmp_path / "diverged.json"
     damaged.write_text('{"vicreg-seed-0": ')
-    with pytest.raises(DataError, match="runs that diverged is damaged"):
+    with pytest.raises(DataError, match="the file is damaged; restore"):
         write_diverged(tmp_path, "step 1", "simclr-seed-0")
     assert damaged.read_text() == '{"vicreg-seed-0": '
 

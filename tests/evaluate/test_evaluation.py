@@ -193,8 +193,13 @@ def test_from_a_run_to_its_page(phantom_shards, tmp_path, capsys):
         f"kind: evaluate\nname: phantoms\ndata: {{shards: [{phantom_shards}]}}\n"
         "bootstrap: {draws: 100}\n"
     )
+    given = ["evaluate", str(run_dir), str(tmp_path / "e.yaml")]
+    if not torch.cuda.is_available():
+        # Before the embedding, of which nothing would be kept.
+        assert main([*given, "--set", "segment={}", "--set", "embedding.use_gpu=true"]) == 2
+        assert "no GPU that PyTorch can use" in capsys.readouterr().err
     capsys.readouterr()
-    assert main(["evaluate", str(run_dir), str(tmp_path / "e.yaml"), "--json"]) == 0
+    assert main([*given, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     written = json.loads((run_dir / "evaluations" / "phantoms.json").read_text())
     assert written == result

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from discs import MODEL, draw, pack_discs, settings
+from runs import encode_runs
 
 from mlvicx_dist.config import Segment
 from mlvicx_dist.errors import DataError
@@ -19,7 +20,7 @@ from mlvicx_dist.evaluate.segment import (
     segment,
     train_segmenter,
 )
-from mlvicx_dist.ingest.masks import RunLengths, encode_runs
+from mlvicx_dist.ingest.masks import RunLengths
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.shard_task import PackSettings
 from mlvicx_dist.model.encoder import Encoder

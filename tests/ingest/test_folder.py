@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import s3fs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -136,6 +137,20 @@ def test_where_takes_some_rows(folder):
 def test_a_wrong_table_is_one_sentence(folder, text, words):
     with pytest.raises(DataError, match=words):
         rows(folder, text)
+
+
+def test_a_table_of_a_store_that_cannot_be_read_is_one_sentence(folder, s3, monkeypatch):
+    monkeypatch.setattr("mlvicx_dist.storage.TRIES", 1)
+    with pytest.raises(DataError, match=r"gone\.csv: the table cannot be read \("):
+        list_csv(folder, f"{s3}/gone.csv", name="x", columns=Columns())
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("SHARED_CREDENTIALS_FILE", "CONFIG_FILE"):
+        monkeypatch.setenv(f"AWS_{name}", "/nowhere")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"cannot be read \(NoCredentialsError: .*; give a CSV"):
+        list_csv(folder, f"{s3}/labels.csv", name="x", columns=Columns())
 
 
 def test_missing_and_empty_folders_say_so(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest import pack as packing
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.phash import NEAR_BITS, as_words, near_pairs, perceptual_hash
@@ -48,6 +48,15 @@ def test_a_copy_is_near_and_another_patient_is_far():
         assert bits(own, perceptual_hash(picture.resize((96, 96)))) <= NEAR_BITS
         assert bits(own, perceptual_hash(picture.point(lambda v: min(v * 1.15, 255)))) <= NEAR_BITS
     assert min(bits(a, b) for a, b in combinations(hashes, 2)) > NEAR_BITS + 6
+
+
+@pytest.mark.parametrize("damaged", ["z" * 64, "0" * 62, "", None])
+def test_a_damaged_hash_is_one_sentence(damaged):
+    with pytest.raises(DataError, match="a perceptual hash is damaged; run 'mlvicx verify'"):
+        as_words(["0" * 64, damaged])
+    # Of the right length together.
+    with pytest.raises(DataError, match="a perceptual hash is damaged"):
+        as_words(["0" * 60, "0" * 68])
 
 
 @given(st.integers(2, 30), st.integers(0, 15), st.integers(0, 2**32 - 1))
@@ -119,6 +128,20 @@ def test_dropping_leaves_the_earlier_one_out_and_mends_to_the_same_bytes(images,
     again = pack(images, out, settings=drop, salt=salt, max_refused=0.2)
     assert (again.written, shard.read_bytes()) == (1, before)
     assert verify(out).leaks == ()
+
+
+def test_a_copy_that_was_dropped_stays_out_when_its_shard_is_packed_again(images, salt, tmp_path):
+    drop = PackSettings(near_duplicates="drop")
+    mended = tmp_path / "10.png"
+    mended.write_bytes(b"not an image")
+    with pytest.raises(TooManyRefusedError):
+        pack(images, tmp_path / "out", settings=drop, salt=salt)
+    # What was mended is a copy too, of another image in the shard of the one that was dropped.
+    jpeg(phantom(5), 90).save(mended)
+    report = pack(images, tmp_path / "out", settings=drop, salt=salt)
+    assert report.reasons() == {"near-duplicate": 2}
+    assert report.manifest.splits == {"test": 3, "train": 5, "val": 2}
+    assert verify(tmp_path / "out").leaks == ()
 
 
 def test_a_mode_that_keeps_copies_brings_dropped_ones_back(images, salt, tmp_path):

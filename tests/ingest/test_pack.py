@@ -16,11 +16,13 @@ import pytest
 import webdataset
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from runs import encode_runs
 
 import mlvicx_dist
 from mlvicx_dist.config import Views
 from mlvicx_dist.errors import DataError, TooManyRefusedError
-from mlvicx_dist.ingest.masks import RunLengths, encode_runs, stored_mask
+from mlvicx_dist.ingest.command import run_sharding
+from mlvicx_dist.ingest.masks import RunLengths, stored_mask
 from mlvicx_dist.ingest.pack import pack, plan
 from mlvicx_dist.ingest.pixels import read_image
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, Box, Record
@@ -30,10 +32,12 @@ from mlvicx_dist.ingest.shards import (
     build_index,
     decode_image,
     index_path,
+    parse_index,
     read_index,
     read_manifest,
 )
 from mlvicx_dist.ingest.sources.folder import list_folder
+from mlvicx_dist.ingest.sources.tables import Listing
 from mlvicx_dist.ingest.verify import verify
 from mlvicx_dist.progress import Progress
 from mlvicx_dist.report.contact import contact_sheet
@@ -67,6 +71,20 @@ def test_the_index_points_at_the_members(phantom_shards):
     for row in index:
         start = row["json_offset"]
         assert json.loads(data[start : start + row["json_size"]])["split"] == shard.split
+
+
+def test_an_index_whose_keys_are_not_ascii_is_damaged(phantom_shards):
+    shard = read_manifest(phantom_shards).shards[0]
+    index = read_index(phantom_shards, shard).copy()
+
+    def parsed():
+        buffer = io.BytesIO()
+        np.save(buffer, index)
+        return parse_index(buffer.getvalue(), shard)
+
+    assert np.array_equal(parsed(), index)
+    index["key"][1] = b"\xff" * 32
+    assert parsed() is None
 
 
 def test_one_worker_and_two_write_the_same_bytes(phantom_records, salt, tmp_path):
@@ -230,6 +248,21 @@ def test_a_lost_index_is_made_from_the_shard_and_the_shard_is_left(phantom_recor
     assert pack(phantom_records, out, settings=SETTINGS, salt=salt).already_packed
     assert contents(out) == before
     assert shard.stat().st_mtime_ns == time_ns
+
+
+def test_json_is_all_that_a_script_prints_on_stdout(
+    phantom_records, salt, tmp_path, monkeypatch, capsys
+):
+    def listed(options):
+        sys.stdout.write("Ray was here")
+        return Listing(phantom_records, salt=salt)
+
+    command = ["shard_x.py", "--out", str(tmp_path / "out"), "--workers", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert run_sharding("x", lambda parser: None, listed) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["out"] == str(tmp_path / "out")
+    assert "Ray was here" in printed.err
 
 
 @pytest.mark.parametrize(

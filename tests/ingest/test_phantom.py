@@ -1,6 +1,9 @@
 """Phantoms: seeded, independent findings, some as DICOM, all readable by the folder source."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,3 +57,14 @@ def test_phantoms_of_another_population_are_not_kept_under_these_labels(tmp_path
     for changes in ({"seed": -1}, {"size_px": 0}, {"dicom_fraction": float("nan")}):
         with pytest.raises(ConfigError, match="phantoms: count 2"):
             write_phantoms(tmp_path / "new", 2, **changes)
+
+
+def test_phantoms_are_not_drawn_into_a_store(tmp_path):
+    script = Path(__file__).parents[2] / "sharding" / "shard_phantom.py"
+    command = [sys.executable, str(script), "--count", "2", "--workers", "1"]
+    command += ["--source", "http://127.0.0.1:9/drawn", "--out", "shards"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "9/drawn: phantoms are drawn into a folder of this machine; give one" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

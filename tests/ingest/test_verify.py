@@ -1,10 +1,14 @@
 """`verify` finds each kind of damage and says how it is mended."""
 
+import http.server
 import io
 import json
 import shutil
 import tarfile
+import threading
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -139,6 +143,15 @@ def test_a_member_that_is_none_of_ours_is_refused(shards, name):
     assert any("does not belong in a shard" in p for p in verify(shards).problems)
 
 
+def test_a_key_that_is_not_ascii_is_refused(shards):
+    with tarfile.open(first(shards), "a") as tar:
+        for name in ("é.jpg", "é.json"):
+            info = tarfile.TarInfo(name)
+            info.uname = info.gname = "root"
+            tar.addfile(info, io.BytesIO())
+    assert any("é.jpg does not belong in a shard" in p for p in verify(shards).problems)
+
+
 def test_a_tar_that_tells_of_an_owner_or_holds_a_member_twice_is_refused(shards):
     for owner, words in (("jane", "does not belong"), ("root", "stands twice")):
         path = first(shards)
@@ -156,3 +169,39 @@ def test_a_tar_that_tells_of_an_owner_or_holds_a_member_twice_is_refused(shards)
 def test_many_workers_say_the_same_as_one(shards):
     first(shards).write_bytes(b"")
     assert verify(shards, workers=2) == verify(shards)
+
+
+class Unlisted(http.server.SimpleHTTPRequestHandler):
+    """A folder over http with ranges, which is not listed."""
+
+    def log_message(self, *args):
+        pass
+
+    def list_directory(self, path):
+        self.send_error(403)
+
+    def do_GET(self):
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if not wanted:
+            super().do_GET()
+            return
+        begin, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+        data = path.read_bytes()[begin : end + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_a_server_that_lists_nothing_is_told(shards):
+    handler = partial(Unlisted, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        verdict = verify(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert verdict.problems == ()
+    assert verdict.samples == 60
+    (note,) = verdict.notes
+    assert "cannot be listed (" in note
+    assert "403" in note
+    assert note in verdict.lines()

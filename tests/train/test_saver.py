@@ -1,7 +1,9 @@
 """Checkpoints beside the training: a copy of a step, whole or not there, and a run that goes on."""
 
+import os
 import tempfile
 import threading
+import time
 
 import pytest
 import torch
@@ -228,6 +230,18 @@ def test_a_remote_checkpoint_that_is_damaged_is_passed_over(s3_server, tmp_path,
     said = []
     assert newest_checkpoint(bench.run_dir, said.append).name == "step-00000001.pt"
     assert "is damaged" in said[0]
+
+
+def test_copies_that_nobody_asks_for_do_not_stay(s3_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runs = [place(f"{s3_server.bucket}/run{k}") for k in range(3)]
+    for run_dir in runs:
+        Bench(run_dir).saver.finish(1, final=False)
+    copies = [local_copy(newest_checkpoint(run_dir)) for run_dir in runs[:2]]
+    week_ago_s = time.time() - 8 * 86400
+    os.utime(copies[0].parent, (week_ago_s, week_ago_s))
+    local_copy(newest_checkpoint(runs[2]))
+    assert [copy.exists() for copy in copies] == [False, True]
 
 
 def test_a_remote_export_that_cannot_be_had_is_one_sentence(s3, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlvicx_dist.errors import DataError, nearest
 from mlvicx_dist.ingest.record import Record
-from mlvicx_dist.storage import Place, files_below, place
+from mlvicx_dist.storage import Place, files_below, place, read_bytes, told
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ def read_text(path: Place) -> str:
         DataError: it cannot be read.
     """
     try:
-        return str(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text in UTF-8"
-        raise DataError(f"{path}: the table cannot be read ({reason}); give a CSV file.") from None
+        return read_bytes(path).decode("utf-8-sig")
+    except OSError as error:
+        reason = told(error)
+    except UnicodeDecodeError:
+        reason = "it is not a text in UTF-8"
+    raise DataError(f"{path}: the table cannot be read ({reason}); give a CSV file.")
 
 
 def age_years(table: Table, line: int, cell: str) -> int | None:

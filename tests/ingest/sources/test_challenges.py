@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import encode_runs
 
 from mlvicx_dist.errors import DataError
-from mlvicx_dist.ingest.masks import RunLengths, decode_runs, encode_runs
+from mlvicx_dist.ingest.masks import RunLengths, decode_runs
 from mlvicx_dist.ingest.sources.rsna import OPACITY, list_rsna
 from mlvicx_dist.ingest.sources.siim import list_siim
 from mlvicx_dist.ingest.sources.vinbig import CLASSES, list_vinbig
