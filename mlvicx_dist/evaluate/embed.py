@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_dist.errors import DataError, ResourceError, UserError
 from mlvicx_dist.evaluate.made import Made, made_by
-from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.model.encoder import Encoder
 from mlvicx_dist.progress import progress
 from mlvicx_dist.session import connected, in_parallel, ray_session
@@ -124,7 +123,7 @@ def embed_shards(
         DataError: a folder has no such split, or an image cannot be read.
         ResourceError: there is no GPU, or a worker died three times.
     """
-    shards = _open(folders, splits, cache)
+    shards = ShardSet.open(folders, splits=splits, cache=cache)
     size_px = size_px or next(e.image_size_px for e in encoders if isinstance(e, Encoder))
     show = Show(size_px, batch_size, loader_workers, use_gpu)
     about = _about(shards)
@@ -144,7 +143,7 @@ def about_shards(
     Raises:
         DataError: a folder has no such split, or a shard cannot be read.
     """
-    shards = _open(folders, splits, cache)
+    shards = ShardSet.open(folders, splits=splits, cache=cache)
     return _about(shards), shards.classes
 
 
@@ -360,14 +359,6 @@ def _unwritten(path: Path, reason: str) -> str:
         f"{path}: the embeddings cannot be written ({reason}); give a path in a folder that exists "
         "and has room."
     )
-
-
-def _open(
-    folders: Sequence[str | Path], splits: Sequence[str] | None, cache: Cache | None
-) -> ShardSet:
-    if splits is None:
-        splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
-    return ShardSet.open(folders, splits=splits, cache=cache)
 
 
 def device_of(use_gpu: bool) -> torch.device:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from mlvicx_dist.config import Views
-from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.stream import keyed
 from mlvicx_dist.stream.augment import photometrics, two_views
 from mlvicx_dist.stream.cache import Cache
@@ -64,8 +63,6 @@ def contacts(
     cache: Cache | None = None,
 ) -> Iterator[tuple[Image.Image, str]]:
     """The same one by one: an image beside its two views, RGB, and what is known of it."""
-    if splits is None:
-        splits = list(dict.fromkeys(s for folder in folders for s in read_manifest(folder).splits))
     shards = ShardSet.open(folders, splits=splits, cache=cache)
     chosen = keyed.permutation(len(shards), seed=seed, epoch=0, purpose=keyed.SHARDS)[:count]
     for sample in chosen.tolist():

@@ -52,7 +52,7 @@ class ShardSet:
         cls,
         folders: Sequence[str | Path],
         *,
-        splits: Sequence[str],
+        splits: Sequence[str] | None,
         weights: Sequence[float] | None = None,
         cache: Cache | None = None,
         patience_s: float | None = None,
@@ -61,7 +61,7 @@ class ShardSet:
 
         Args:
             folders: Paths and URLs.
-            splits: Whose shards are taken.
+            splits: Whose shards are taken; None: of all splits.
             weights: One a folder; None: all the same.
             cache: Where the shards of URLs are kept; None: the default place and size.
             patience_s: How long a store that fails is asked for a manifest; None: three times.
@@ -72,6 +72,8 @@ class ShardSet:
         """
         manifests = tuple(read_manifest(f, patience_s=patience_s) for f in folders)
         named = sorted({name for manifest in manifests for name in manifest.splits})
+        if splits is None:
+            splits = list(dict.fromkeys(name for m in manifests for name in m.splits))
         # Of one split alone each folder that lacks it is named below.
         for split in splits:
             if split not in named and len(splits) > 1:
