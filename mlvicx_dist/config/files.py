@@ -149,10 +149,13 @@ def _sentence(error: ValidationError, name: str, root: type[Settings]) -> str:
     """The first thing that pydantic found, as one sentence."""
     # The members of a union each complain; a wrong key says more than a wrong value.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    parts = [p for p in first["loc"] if not (isinstance(p, str) and _is_branch(p))]
-    if first["type"] == "extra_forbidden":
-        # The last part is the user's own word, whatever it looks like.
-        parts = [*parts, first["loc"][-1]] if parts[-1:] != [first["loc"][-1]] else parts
+    # Of a key that does not exist the last part is the user's own word, whatever it looks like.
+    own = len(first["loc"]) - 1 if first["type"] == "extra_forbidden" else None
+    parts = [
+        part
+        for place, part in enumerate(first["loc"])
+        if place == own or not (isinstance(part, str) and _is_branch(part))
+    ]
     key = ".".join(str(part) for part in parts)
     if first["type"] == "extra_forbidden":
         known = _keys_below(root, parts[:-1])
