@@ -6,49 +6,22 @@ Heavy imports stay inside the handlers, so that every `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from typing import Any
 
 from mlvicx_dist import __version__
+from mlvicx_dist.answer import Answer, answered
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.progress import answer, plain
-from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
-Handler = Callable[[argparse.Namespace], "Answer"]
-
-
-class Answer:
-    """What a command says: JSON for machines, lines for people, and an exit code."""
-
-    def __init__(self, document: dict[str, Any], lines: Sequence[str], code: int = 0) -> None:
-        self.document, self.lines, self.code = document, lines, code
+Handler = Callable[[argparse.Namespace], Answer]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code is 0 done, 1 failed, 2 the user's error, 3 files refused.
-
-    130 after Ctrl-C, 143 after SIGTERM, as shells say it: 128 and the signal.
-    """
+    """Run a command; its exit code is that of `answered`."""
     options = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    asked: list[int] = []
-    try:
-        # Ray prints of its own accord: stdout is for the answer alone.
-        with redirect_stdout(sys.stderr), sigterm_interrupts() as asked:
-            found = options.handler(options)
-    except UserError as error:
-        print(plain(f"mlvicx: {error}"), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("mlvicx: stopped", file=sys.stderr)
-        return exit_code(asked)
-    text = json.dumps(found.document) if options.json else plain("\n".join(found.lines))
-    written = not text or answer(text)
-    return int(found.code) if written else 1
+    return answered(lambda: options.handler(options), name="mlvicx", as_json=options.json)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,11 +1,7 @@
-"""Progress on stderr: a rich bar on a terminal, a plain line now and then in a log.
-
-The answer of a command, on stdout, is `answer`.
-"""
+"""Progress on stderr: a rich bar on a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -111,26 +107,6 @@ def say(line: str) -> None:
     """A line on stderr, at once."""
     with suppress(*UNHEARD):
         print(plain(line), file=sys.stderr, flush=True)
-
-
-def answer(text: str) -> bool:
-    """Print what a command found; whether it could be.
-
-    That it is not read to its end, as by `head`, is no error; a full disk is one, which is said.
-    """
-    try:
-        try:
-            print(text, flush=True)
-        except UnicodeEncodeError as error:
-            # A terminal of an old encoding.
-            print(text.encode(error.encoding, "replace").decode(error.encoding), flush=True)
-    except OSError as error:
-        # Python would try again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            say(f"the answer cannot be written ({error.strerror}); make room where stdout goes.")
-            return False
-    return True
 
 
 def plain(text: str) -> str:

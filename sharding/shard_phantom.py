@@ -35,7 +35,7 @@ def list_records(options: argparse.Namespace) -> Listing:
     from mlvicx_dist.progress import progress
     from mlvicx_dist.storage import is_local, place
 
-    source = place(options.source or f"{options.out}-images")
+    source = place(options.source or f"{options.out.rstrip('/')}-images")
     if not is_local(source):
         raise DataError(
             f"{source}: phantoms are drawn into a folder of this machine; give one with --source."

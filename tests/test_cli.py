@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "demo",
     "pretrain",
+    "sweep",
+    "doctor",
     "plan",
+    "profile",
     "evaluate",
     "compare",
     "embed",
@@ -137,15 +140,21 @@ def test_stdout_is_for_the_answer_alone(monkeypatch, capsys):
     assert "a library that prints" in err
 
 
+PRINT = (
+    "from mlvicx_dist.answer import Answer, answered; "
+    "answered(lambda: Answer({{}}, {}), name='x', as_json=False)"
+)
+
+
 def test_an_answer_that_is_not_read_to_its_end_is_no_error():
-    script = "from mlvicx_dist.progress import answer; answer('line\\n' * 100000)"
+    script = PRINT.format("['line'] * 100000")
     command = f'{sys.executable} -c "{script}" | head -1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("line\n", "")
 
 
 def test_an_answer_in_letters_that_a_terminal_lacks_is_given_all_the_same():
-    script = "from mlvicx_dist.progress import answer; answer('Pleural_Thick…')"
+    script = PRINT.format("['Pleural_Thick…']")
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},

@@ -122,12 +122,15 @@ def look(encoder: Encoder, marked: MarkedImages, settings: EvaluateConfig) -> Lo
     device = device_of(settings.embedding.use_gpu)
     encoder.to(device).eval()
     levels = sorted(int(level) for level in encoder.backbone.gates)
+    size = (marked.size_px, marked.size_px)
     hits, overlaps, area, centre, patients = [], [], [], [], []
     for images, items in marked.batches(
         range(len(marked)), settings.embedding.batch_size, settings.data.loader_workers
     ):
         maps = encoder.context_maps(images.to(device))
-        shown = torch.cat([_resized(maps[level], marked.size_px) for level in levels], 1)
+        shown = torch.cat(
+            [functional.interpolate(maps[level], size=size, mode="bilinear") for level in levels], 1
+        )
         for one, item in zip(shown.cpu().numpy(), items, strict=True):
             finding = item.finding[item.inside]
             inside = [level[item.inside] for level in one]
@@ -173,9 +176,3 @@ def region_overlap(level: np.ndarray, finding: np.ndarray, threshold: float) -> 
     region = finding[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     both = int(region.sum())
     return both / (region.size + int(finding.sum()) - both)
-
-
-def _resized(level: torch.Tensor, size_px: int) -> torch.Tensor:
-    return functional.interpolate(
-        level, size=(size_px, size_px), mode="bilinear", align_corners=False
-    )

@@ -6,15 +6,11 @@ Heavy imports stay inside the functions, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from mlvicx_dist.answer import Answer, answered
 from mlvicx_dist.errors import UserError
-from mlvicx_dist.progress import answer, plain
-from mlvicx_dist.stopping import exit_code, sigterm_interrupts
 
 if TYPE_CHECKING:
     from mlvicx_dist.ingest.dicom_header import Rules
@@ -28,9 +24,7 @@ def run_sharding(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     list_records: Callable[[argparse.Namespace], Listing],
 ) -> int:
-    """Run a sharding script; its exit code is as `mlvicx` has it.
-
-    0 done, 1 failed, 2 the user's error, 3 too many refused, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run a sharding script; its exit code is that of `answered`, as `mlvicx` has it.
 
     Args:
         description: What `--help` says first.
@@ -39,19 +33,14 @@ def run_sharding(
     """
     parser = build_parser(description, add_arguments)
     options = parser.parse_args()
-    asked: list[int] = []
-    try:
-        # Ray prints of its own accord: stdout is for the answer alone.
-        with redirect_stdout(sys.stderr), sigterm_interrupts() as asked:
-            document = _pack(options, list_records)
-    except UserError as error:
-        print(plain(f"{parser.prog}: {error}"), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
-        return exit_code(asked)
-    text = json.dumps(document) if options.json else plain("\n".join(_lines(document)))
-    return 0 if answer(text) else 1
+
+    def work() -> Answer:
+        document = _pack(options, list_records)
+        return Answer(document, _lines(document))
+
+    return answered(
+        work, name=parser.prog, as_json=options.json, stopped="stopped; the same command goes on"
+    )
 
 
 def build_parser(

@@ -22,6 +22,7 @@ from mlvicx_dist.errors import DataError
 from mlvicx_dist.ingest.leaks import Hashed, Leak, apart, find_leaks, hashed, torn_patients
 from mlvicx_dist.ingest.record import ALLOWED_KEYS, OLDEST_AGE, VIEWS
 from mlvicx_dist.ingest.shards import (
+    MANIFEST,
     Manifest,
     ShardInfo,
     build_index,
@@ -154,7 +155,7 @@ def verify(
     for shard in manifest.shards:
         totals[shard.split] += shard.samples
     if dict(totals) != dict(manifest.splits):
-        found.append(f"{manifest.folder}/manifest.json: the split counts do not add up")
+        found.append(f"{manifest.folder / MANIFEST}: the split counts do not add up")
     strays, notes = _strays(manifest)
     found += strays
     leaks: list[Leak] = []
@@ -183,12 +184,15 @@ def verify(
 def _strays(manifest: Manifest) -> tuple[list[str], list[str]]:
     """Shards that the manifest does not name, or a note that they cannot be looked for."""
     folder, known = manifest.folder, {shard.name for shard in manifest.shards}
+    names, why = [], "its manifest is there, but in no list"
     try:
         names = sorted(path.name for path in listed(folder))
     except OSError as error:
+        why = told(error)
+    if MANIFEST not in names:
         return [], [
-            f"{folder}: it cannot be listed ({told(error)}), so shards that the manifest does not "
-            "name were not looked for."
+            f"{folder}: it cannot be listed ({why}), so shards that the manifest does not name "
+            "were not looked for."
         ]
     strays = [name for name in names if name.endswith(".tar") and name not in known]
     return [f"{folder / name}: the manifest does not name this shard" for name in strays], []

@@ -14,7 +14,7 @@ from mlvicx_dist.config import (
     parse_yaml,
 )
 from mlvicx_dist.errors import ConfigError, DataError
-from mlvicx_dist.storage import Place, reaching, read_bytes, told
+from mlvicx_dist.storage import Place, read_bytes, told
 
 C = TypeVar("C", PretrainConfig, SweepConfig, CompareConfig)
 SETTINGS_OF: dict[type[Settings], tuple[str, str]] = {
@@ -44,14 +44,18 @@ def left_settings(kind: type[C], path: Place) -> C:
     raise DataError(f"{path}: the {whose}'s settings cannot be read ({why}); {remedy}.")
 
 
-def left_text(path: Place) -> str:
+def left_text(path: Place, *, patience_s: float | None = None) -> str:
     """The text of a file; nothing where there is none.
+
+    Args:
+        path: Of the file.
+        patience_s: How long a store that fails is asked again; None: three times in all.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return _read(path)
+        return _read(path, patience_s)
     except FileNotFoundError:
         return ""
 
@@ -77,10 +81,9 @@ def left_json(path: Place, *, remedy: str) -> dict[str, Any] | None:
     return found
 
 
-def _read(path: Place) -> str:
+def _read(path: Place, patience_s: float | None = None) -> str:
     try:
-        with reaching(path):
-            return read_bytes(path).decode(errors="replace")
+        return read_bytes(path, patience_s=patience_s).decode(errors="replace")
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -17,6 +17,7 @@ import torch
 
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import Place, is_local, read_bytes, told, write_whole
+from mlvicx_dist.train.left import left_text
 
 log = logging.getLogger(__name__)
 
@@ -140,29 +141,42 @@ def read_rows(path: Place, *, patience_s: float | None = None) -> list[dict[str,
         patience_s: How long a store that fails is asked again; None: three times in all.
 
     Raises:
-        OSError: it cannot be read.
+        DataError: it cannot be read.
     """
+    return _rows(left_text(path, patience_s=patience_s), path)
+
+
+def _rows(text: str, path: Place) -> list[dict[str, float]]:
     rows = []
-    try:
-        text = read_bytes(path, patience_s=patience_s).decode(errors="replace")
-    except FileNotFoundError:
-        return []
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        else:
             log.warning("%s: left out a row that is cut short", path)
     return rows
 
 
 def trained_s(run_dir: Place, step: int, *, patience_s: float | None = None) -> float:
-    """Seconds of training behind a step, over all starts, as far as the log knows."""
+    """Seconds of training behind a step, over all starts, as far as the log knows.
+
+    Raises:
+        DataError: the log cannot be read.
+    """
     rows = read_rows(run_dir / ROWS, patience_s=patience_s) if step else []
     return max((row["time_s"] for row in rows if row["step"] <= step), default=0.0)
 
 
 def _cut(path: Path, step: int) -> None:
-    """Remove the rows past `step`: they will be written again."""
+    """Remove the rows past `step`: they will be written again.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
     if path.exists():
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        rows = _rows(path.read_text(errors="replace"), path)
+        kept = [row for row in rows if row["step"] <= step]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -59,9 +59,22 @@ def test_phantoms_of_another_population_are_not_kept_under_these_labels(tmp_path
             write_phantoms(tmp_path / "new", 2, **changes)
 
 
+SCRIPT = str(Path(__file__).parents[2] / "sharding" / "shard_phantom.py")
+
+
+def test_phantoms_are_drawn_beside_their_shards(tmp_path):
+    # A shell completes the name of a folder with a slash.
+    (tmp_path / "shards").mkdir()
+    command = [sys.executable, SCRIPT, "--count", "2", "--size-px", "64", "--workers", "1"]
+    command += ["--out", "shards/"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shards-images" / "labels.csv").exists()
+    assert not (tmp_path / "shards" / "-images").exists()
+
+
 def test_phantoms_are_not_drawn_into_a_store(tmp_path):
-    script = Path(__file__).parents[2] / "sharding" / "shard_phantom.py"
-    command = [sys.executable, str(script), "--count", "2", "--workers", "1"]
+    command = [sys.executable, SCRIPT, "--count", "2", "--workers", "1"]
     command += ["--source", "http://127.0.0.1:9/drawn", "--out", "shards"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2

@@ -168,11 +168,13 @@ def test_many_workers_say_the_same_as_one(shards):
 class Unlisted(http.server.SimpleHTTPRequestHandler):
     """A folder over http with ranges, which is not listed."""
 
+    code = 403
+
     def log_message(self, *args):
         pass
 
     def list_directory(self, path):
-        self.send_error(403)
+        self.send_error(self.code)
 
     def do_GET(self):
         path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
@@ -187,7 +189,9 @@ class Unlisted(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def test_a_server_that_lists_nothing_is_told(shards):
+@pytest.mark.parametrize(("code", "why"), [(403, "403"), (404, "in no list")])
+def test_a_server_that_lists_nothing_is_told(shards, monkeypatch, code, why):
+    monkeypatch.setattr(Unlisted, "code", code)
     handler = partial(Unlisted, directory=str(shards))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -197,5 +201,5 @@ def test_a_server_that_lists_nothing_is_told(shards):
     assert verdict.samples == 60
     (note,) = verdict.notes
     assert "cannot be listed (" in note
-    assert "403" in note
+    assert why in note
     assert note in verdict.lines()

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from mlvicx_dist.errors import DataError
 from mlvicx_dist.storage import place
 from mlvicx_dist.train.runlog import RunLog, read_rows
 
@@ -21,6 +22,24 @@ def test_rows_past_the_step_it_goes_on_from_are_cut(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["loss"] == 2.0
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_that_are_none_are_left_out_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[2]\n{"loss": 1.0}\n{"step": 3, "lo')
+    assert read_rows(path) == [{"step": 1}]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: left out a row that is cut short"
+    ] * 3
+
+
+def test_a_log_that_cannot_be_read_is_one_sentence(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    with pytest.raises(DataError, match=r"metrics.jsonl: the file cannot be read \(Is a directory"):
+        read_rows(path)
+    with RunLog(tmp_path, step=1) as log, pytest.raises(OSError, match="Is a directory"):
+        log.write({"step": 2})
 
 
 def test_a_remote_run_has_its_log_when_it_is_published(s3):
