@@ -27,7 +27,7 @@ from mlvicx_dist.progress import duration, progress, say
 from mlvicx_dist.report.page import write_report
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import write_whole
-from mlvicx_dist.train.launch import pretrain
+from mlvicx_dist.train.launch import pretrain, writing
 
 LEAST_GAIN = 0.03
 """The mean AUROC by which the pretrained encoder must beat the untrained one."""
@@ -94,8 +94,9 @@ def demo(out: str | Path) -> Demonstration:
         _shard(out)
         for name, text in (("pretrain", PRETRAIN), ("evaluate", EVALUATE)):
             # As JSON has it, and so YAML, between quotes.
-            quoted = json.dumps(str(out))[1:-1]
-            write_whole(out / f"{name}.yaml", text.format(out=quoted).encode())
+            quoted = json.dumps(str(out), ensure_ascii=False)[1:-1]
+            with writing(out, "--out"):
+                write_whole(out / f"{name}.yaml", text.format(out=quoted).encode())
         say("2 of 4: pretraining without labels")
         outcome = pretrain(load_as(PretrainConfig, out / "pretrain.yaml"))
     if outcome.stopped_by:

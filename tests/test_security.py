@@ -75,6 +75,9 @@ def rewritten(folder, changes):
         ({"classes": ["\x1b]0;title\x07"]}, "is no text"),
         ({"sources": {"a\nb": 1}}, "is no text"),
         ({"classes": [1]}, "the manifest is damaged"),
+        ({"splits": ["train"]}, "the manifest is damaged"),
+        ({"sources": ["a"]}, "the manifest is damaged"),
+        ({"settings": None}, "the manifest is damaged"),
         ({"shards": [{}]}, "the manifest is damaged"),
     ],
 )

@@ -99,7 +99,7 @@ def _main(result: Result, name: str, task: Result) -> Table:
     title = (
         f"{name}: linear probe of the frozen encoder on {task['images']} images of "
         f"{task['patients']} test patients{by_fold}, {count} class{'es' if count > 1 else ''}; "
-        f"{result['confidence'][name]:.0%} intervals over seeds and patients."
+        f"{100 * result['confidence'][name]:g}% intervals over seeds and patients."
     )
     heads = ["method", "seeds", "AUROC", f"AUROC minus {reference}", "AUPRC"]
     return Table(title, heads, rows, list(_notes(result, task)))

@@ -22,7 +22,7 @@ from mlvicx_dist.evaluate.metrics import (
     over_classes,
     roc_curve,
 )
-from mlvicx_dist.evaluate.parts import usable_classes
+from mlvicx_dist.evaluate.parts import usable_in_subgroup
 from mlvicx_dist.evaluate.task import Images, Scores
 
 BySeed = Mapping[int, Scores]
@@ -282,7 +282,7 @@ def _subgroup(
     """The mean AUROC of the methods on the images of a subgroup."""
     labels, patients = images.labels[chosen], images.patients[chosen]
     folds = None if images.folds is None else images.folds[chosen]
-    kept, left_out = usable_classes(images.classes, {name: labels}, within="subgroup")
+    kept, left_out = usable_in_subgroup(name, images.classes, labels, folds)
     columns = [images.classes.index(one) for one in kept]
     result: dict[str, Any] = {
         "images": int(chosen.sum()),

@@ -22,6 +22,7 @@ import numpy as np
 from mlvicx_dist.config import EvaluateConfig, Probe
 from mlvicx_dist.errors import DataError
 from mlvicx_dist.evaluate.embed import Embeddings
+from mlvicx_dist.evaluate.metrics import comparable
 from mlvicx_dist.evaluate.parts import Part, Parts, named_labels, parts_of, usable_classes
 from mlvicx_dist.evaluate.pixels import solver_of
 from mlvicx_dist.evaluate.probe import Fitted, best_in_turns, best_on
@@ -53,10 +54,15 @@ def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
 
     learned = {f"fold {k + 1}": labels[fold != k] for k in range(count)}
     classes, left_out = usable_classes(names, learned, within="training part of")
+    judged, alone = usable_classes(
+        names, {f"{count}": comparable(labels, fold)}, within="folds with both labels, of"
+    )
+    classes = [name for name in classes if name in judged]
+    left_out = alone | left_out
     if not classes:
         raise DataError(
             f"{shards}: no class has both labels in the training part of each of {count} folds "
-            f"({'; '.join(left_out.values())}); evaluate on labelled shards."
+            f"and in one of them ({'; '.join(left_out.values())}); evaluate on labelled shards."
         )
     labels = labels[:, [names.index(name) for name in classes]]
 

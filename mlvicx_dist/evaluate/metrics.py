@@ -63,24 +63,43 @@ def average_precision(
     return float(_areas(scores, labels, folds).auprc[0])
 
 
+def comparable(labels: np.ndarray, folds: np.ndarray | None) -> np.ndarray:
+    """Labels, [n, K], NaN where the fold of an image has no other label of the class to compare.
+
+    Args:
+        labels: [n, K], 0, 1 or NaN.
+        folds: The fold of each, [n]; None: all are compared, as they are.
+    """
+    if folds is None:
+        return labels
+    values = labels.copy()
+    for fold in np.unique(folds):
+        own = labels[folds == fold]
+        values[np.ix_(folds == fold, ~((own == 0).any(0) & (own == 1).any(0)))] = np.nan
+    return values
+
+
 def roc_curve(
     scores: np.ndarray, labels: np.ndarray, folds: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rates at every threshold, from (0, 0) to (1, 1).
 
-    Of folds the mean of their curves, each with the weight of its pairs.
+    Of folds the mean of their curves, each with the weight of its pairs; (0, 0) alone where no fold
+    has a pair.
     """
-    known = ~np.isnan(labels)
     if folds is not None:
+        labels = comparable(labels[:, None], folds)[:, 0]
         curves, pairs = [], []
-        for fold in np.unique(folds):
-            own = known & (folds == fold)
+        for fold in np.unique(folds[~np.isnan(labels)]):
+            own = folds == fold
             curves.append(roc_curve(scores[own], labels[own]))
             pairs.append((labels[own] == 1).sum() * (labels[own] == 0).sum())
+        if not curves:
+            return np.zeros(1), np.zeros(1)
         rates = np.unique(np.concatenate([false for false, _ in curves]))
-        weights = pairs if any(pairs) else None
-        curve = np.average([np.interp(rates, *one) for one in curves], axis=0, weights=weights)
+        curve = np.average([np.interp(rates, *one) for one in curves], axis=0, weights=pairs)
         return np.append(0, rates), np.append(0, curve)
+    known = ~np.isnan(labels)
     order = np.argsort(-scores[known], kind="stable")
     sorted_scores, positive = scores[known][order], labels[known][order]
     last = np.append(np.diff(sorted_scores) != 0, True)

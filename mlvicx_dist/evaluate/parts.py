@@ -10,6 +10,7 @@ import numpy as np
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.errors import ConfigError, DataError, nearest
 from mlvicx_dist.evaluate.embed import Embeddings
+from mlvicx_dist.evaluate.metrics import comparable
 
 NO_FINDING = "No Finding"
 
@@ -166,3 +167,18 @@ def usable_classes(
                 left_out[name] = f"{found} for {name} in the {within} {split}"
                 break
     return [name for name in names if name not in left_out], left_out
+
+
+def usable_in_subgroup(
+    name: str, classes: Sequence[str], labels: np.ndarray, folds: np.ndarray | None
+) -> tuple[list[str], dict[str, str]]:
+    """The classes that a subgroup can judge, and why it cannot judge the others.
+
+    Args:
+        name: Of the subgroup.
+        classes: Names.
+        labels: Of its images, [n, K], 0, 1 or NaN.
+        folds: The fold of each, [n], in which alone images are compared; None: all are.
+    """
+    within = "subgroup" if folds is None else "folds with both labels, of the subgroup"
+    return usable_classes(classes, {name: comparable(labels, folds)}, within=within)

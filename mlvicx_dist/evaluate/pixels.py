@@ -52,6 +52,9 @@ def ridge(x: torch.Tensor, labels: torch.Tensor) -> Iterator[Weights]:
     parts = []
     for k in range(masks.shape[1]):
         rows, columns = masks[:, k], torch.nonzero(group == k).flatten()
+        if not rows.any():
+            # Nobody knows the class here: its weights stay zero.
+            continue
         y = labels[rows][:, columns]
         mean_x, mean_y = x[rows].mean(0), y.mean(0)
         centred = x[rows] - mean_x

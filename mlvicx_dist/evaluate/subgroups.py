@@ -13,7 +13,7 @@ import numpy as np
 
 from mlvicx_dist.config import EvaluateConfig
 from mlvicx_dist.evaluate.paired import Scores, compare
-from mlvicx_dist.evaluate.parts import usable_classes
+from mlvicx_dist.evaluate.parts import usable_in_subgroup
 
 SEXES = ("F", "M")
 VIEWS = ("AP", "PA")
@@ -47,7 +47,8 @@ def subgroups(
     result = {}
     for name, chosen in members(about, settings.age_bands):
         values = labels[chosen]
-        kept, left_out = usable_classes(classes, {name: values}, within="subgroup")
+        fold = None if folds is None else folds[chosen]
+        kept, left_out = usable_in_subgroup(name, classes, values, fold)
         columns = [classes.index(one) for one in kept]
         result[name] = {
             "images": int(chosen.sum()),
@@ -63,7 +64,7 @@ def subgroups(
                 patients[chosen],
                 kept,
                 settings.bootstrap,
-                None if folds is None else folds[chosen],
+                fold,
             )
             result[name] |= judged["auroc"] | {"undefined_draws": judged["undefined_draws"]}
     return result

@@ -24,7 +24,7 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     by_fold = f", in {folds} folds" if folds else ""
     return [
         f"Linear probe, AUROC on {test['images']} images of {test['patients']} patients{by_fold}; "
-        f"{confidence:.0%} intervals over patients.",
+        f"{100 * confidence:g}% intervals over patients.",
         *_areas(result),
         "Average precision (AUPRC), and the pretrained encoder's calibration; p is DeLong's,",
         "of equal AUROC, which takes each image for a patient.",

@@ -10,8 +10,9 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +26,13 @@ from mlvicx_dist.evaluate.folds import all_judged, counted, fold_of, folds_of, p
 from mlvicx_dist.evaluate.overlap import check_copies, overlap, pretraining_images
 from mlvicx_dist.evaluate.parts import Parts, splits_of
 from mlvicx_dist.evaluate.subgroups import members
+from mlvicx_dist.ingest.shards import NO_ARRAY
 from mlvicx_dist.progress import progress
 from mlvicx_dist.storage import Place, make_folder, read_bytes, told, write_whole
 from mlvicx_dist.stream.cache import cache_of
 from mlvicx_dist.stream.labels import labels_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,13 @@ def write_images(path: Place, images: Images) -> None:
 
 def read_images(path: Place) -> Images | None:
     """What `write_images` wrote; None where it did not."""
-    found = _read(path)
-    if found is None:
-        return None
-    about, arrays = found
-    groups = dict(zip(about.pop("groups"), arrays["in"], strict=True))
-    labels, patients, keys = (arrays[name] for name in ("labels", "patients", "keys"))
-    return Images(labels, patients, keys, groups, about, arrays.get("folds"))
+
+    def taken(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Images:
+        groups = dict(zip(about.pop("groups"), arrays["in"], strict=True))
+        labels, patients, keys = (arrays[name] for name in ("labels", "patients", "keys"))
+        return Images(labels, patients, keys, groups, about, arrays.get("folds"))
+
+    return _read(path, taken)
 
 
 def write_scores(path: Place, scores: Scores) -> None:
@@ -224,15 +228,15 @@ def write_scores(path: Place, scores: Scores) -> None:
 
 def read_scores(path: Place) -> Scores | None:
     """What `write_scores` wrote; None where it did not."""
-    found = _read(path)
-    if found is None:
-        return None
-    about, arrays = found
-    few = [
-        (arrays[f"few{k}"], arrays[f"resampled{k}"]) if f"few{k}" in arrays else None
-        for k in range(about["shares"])
-    ]
-    return Scores(arrays["probe"], about["validation_auroc"], few, arrays["plane"])
+
+    def taken(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scores:
+        few = [
+            (arrays[f"few{k}"], arrays[f"resampled{k}"]) if f"few{k}" in arrays else None
+            for k in range(about["shares"])
+        ]
+        return Scores(arrays["probe"], about["validation_auroc"], few, arrays["plane"])
+
+    return _read(path, taken)
 
 
 def _write(path: Place, about: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -242,18 +246,20 @@ def _write(path: Place, about: dict[str, Any], arrays: dict[str, Any]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def _read(path: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def _read(path: Place, taken: Callable[[dict[str, Any], dict[str, np.ndarray]], T]) -> T | None:
+    """What is `taken` from the values and arrays of a file; None where there is none."""
     try:
         with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return json.loads(str(arrays.pop("about"))), arrays
+        return taken(json.loads(str(arrays.pop("about"))), arrays)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(
             f"{path}: it cannot be read ({told(error)}); mend your access to it."
         ) from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (*NO_ARRAY, AttributeError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        # RuntimeError of an entry that seems to be encrypted or packed in another way.
         raise DataError(
             f"{path}: the file is damaged; remove it and run the comparison's command again."
         ) from None

@@ -11,6 +11,8 @@ from mlvicx_dist.model.encoder import Encoder, encoder_digest
 from mlvicx_dist.storage import Place, reaching, read_bytes, told
 
 NONE = ["Not evaluated."]
+HIDDEN = "the evaluation's own file says why"
+"""A reason may name a folder of the machine, and a card may be published."""
 
 
 def evaluation_lines(weights: Place, encoder: Encoder) -> list[str]:
@@ -65,8 +67,9 @@ def _files(run_dir: Place) -> list[Place]:
 def _one(result: dict[str, Any]) -> list[str]:
     overlap = result.get("overlap", {"unknown": "it was not looked for"})
     if "unknown" in overlap:
-        # Its reason may name a folder of the machine, and a card may be published.
-        overlap = {"unknown": "the evaluation's own file says why"}
+        overlap = {**overlap, "unknown": HIDDEN}
+    if "unknown" in overlap.get("labels", {}):
+        overlap = {**overlap, "labels": {**overlap["labels"], "unknown": HIDDEN}}
     return [
         f"### {result['name']}",
         "",

@@ -20,6 +20,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
+from mlvicx_dist.errors import last_line
 from mlvicx_dist.ingest import decoders
 from mlvicx_dist.ingest.dicom_header import (
     ANYTHING,
@@ -133,7 +134,7 @@ def _parse(file: BinaryIO, *, pixels: bool) -> Any:
     except InvalidDicomError:
         raise Refused("not-dicom", "no DICOM preamble") from None
     except BROKEN as error:
-        raise Refused("unreadable", _last_line(error)) from None
+        raise Refused("unreadable", last_line(error)) from None
 
 
 def _bound_inflation(file: BinaryIO) -> None:
@@ -308,10 +309,4 @@ def _why(dataset: Any, error: Exception) -> tuple[str, str]:
             f"no decoder for {syntax.name} is installed; decompress the file, "
             "as with dcmdjpeg or gdcmconv --raw",
         )
-    return "undecodable", _last_line(error)
-
-
-def _last_line(error: Exception) -> str:
-    """What an exception says at last: pydicom puts the cause of each decoder below it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
+    return "undecodable", last_line(error)

@@ -28,7 +28,7 @@ BROKEN = (
     struct.error,
     BytesLengthException,
 )
-"""What pydicom raises, depending on where a damaged file is damaged."""
+"""What pydicom and Pillow raise, depending on where a damaged file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def text_of(dataset: Any, tag: str) -> str:
 
 def check(dataset: Any, rules: Rules) -> None:
     """Refuse by the header what is no single frontal chest radiograph of a sane size."""
-    if not text_of(dataset.file_meta, "TransferSyntaxUID"):
-        raise Refused("unreadable", "the file names no transfer syntax")
+    if not re.fullmatch(r"[\d.]+", text_of(dataset.file_meta, "TransferSyntaxUID")):
+        raise Refused("unreadable", "the file names no transfer syntax, or several")
     modality = text_of(dataset, "Modality").upper()
     if rules.modalities and modality and modality not in rules.modalities:
         raise Refused("modality", f"the modality is {modality}")

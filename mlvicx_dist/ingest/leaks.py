@@ -20,7 +20,7 @@ from mlvicx_dist.storage import reaching
 HEADER = tuple(
     ["bits", *(f"{one}_{of}" for one in ("first", "second") for of in ("split", "key", "where"))]
 )
-LATE = ("val", "test")
+ORDER = ("train", "val", "test")
 """Splits that must not be learned from, the one that counts most last."""
 
 
@@ -126,4 +126,5 @@ def _row(leak: Leak) -> tuple[Any, ...]:
 
 
 def _lateness(image: Hashed) -> int:
-    return LATE.index(image.split) + 1 if image.split in LATE else 0
+    """What is held out comes later; a split of another name than these may be."""
+    return ORDER.index(image.split) if image.split in ORDER else ORDER.index("val")

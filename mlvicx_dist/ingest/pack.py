@@ -24,6 +24,7 @@ from mlvicx_dist.ingest import leaks
 from mlvicx_dist.ingest.record import Record, salt_digest, sample_key
 from mlvicx_dist.ingest.shard_task import COPY, PackSettings, ShardTask, file_stamp, pack_shard
 from mlvicx_dist.ingest.shards import (
+    CONTROL,
     MANIFEST,
     Manifest,
     ShardInfo,
@@ -133,6 +134,13 @@ def plan(
     if len(set(keys)) < len(keys):
         raise DataError(f"{out}: an image is listed twice; remove the repetition from the source.")
     classes = tuple(dict.fromkeys(name for record in records for name in record.labels))
+    names = dict.fromkeys((*classes, *(record.source for record in records)))
+    wrong = next((name for name in names if CONTROL.search(name)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{out}: the class or source {wrong!r} holds an end of line or another control "
+            "character; mend it in the table, or give --name."
+        )
     members: dict[str, list[Record]] = defaultdict(list)
     for split, _, record in keyed:
         members[split].append(record)

@@ -10,8 +10,9 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mlvicx_dist.errors import last_line
 from mlvicx_dist.ingest.dicom import is_dicom, read_radiograph
-from mlvicx_dist.ingest.dicom_header import ANYTHING, Header, Rules
+from mlvicx_dist.ingest.dicom_header import ANYTHING, BROKEN, Header, Rules
 from mlvicx_dist.ingest.phash import perceptual_hash
 from mlvicx_dist.ingest.refused import Refused
 from mlvicx_dist.ingest.shards import MAX_PIXELS
@@ -19,6 +20,7 @@ from mlvicx_dist.ingest.shards import MAX_PIXELS
 Format = Literal["jpeg", "png8", "png16"]
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 """What is read whatever a file is called: Pillow gives EPS to a program of its own, for one."""
+MAX_JPEG_SIDE_PX = 65500
 TOPS = [2**bits - 1 for bits in (8, 10, 12, 14, 15, 16)]
 """Largest values of the depths that radiographs come in."""
 
@@ -84,6 +86,8 @@ def store(
     lowest, highest = image.getextrema()
     if lowest == highest:
         raise Refused("blank", "every pixel has the same value")
+    if format == "jpeg" and max(image.size) > MAX_JPEG_SIDE_PX:
+        raise Refused("size", f"{image.width} x {image.height} pixels are too long for JPEG")
     buffer = io.BytesIO()
     if format == "jpeg":
         image.save(buffer, "JPEG", quality=quality)
@@ -125,9 +129,10 @@ def read_image(
                 return _grey(ImageOps.exif_transpose(image), bits), None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Refused("size", str(error).split(",")[0]) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise Refused("unreadable", reason.splitlines()[0]) from None
+    except (SyntaxError, *BROKEN) as error:
+        if isinstance(error, UnidentifiedImageError):
+            raise Refused("unreadable", "not an image") from None
+        raise Refused("unreadable", last_line(error)) from None
 
 
 def _grey(image: Image.Image, bits: int) -> Image.Image:

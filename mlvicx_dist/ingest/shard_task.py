@@ -9,7 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO, Literal
 
@@ -156,7 +156,8 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     """
     where = place(path)
     try:
-        with reaching(where):
+        # http takes every failure for a file that is missing: to read it tells the two apart.
+        with suppress(FileNotFoundError), reaching(where):
             if where.stat().st_size > MAX_FILE_BYTES:
                 raise Refused("size", f"more than {MAX_FILE_BYTES:,} bytes")
         with where.open("rb") if is_local(where) else io.BytesIO(read_bytes(where)) as file:

@@ -152,6 +152,9 @@ def _check(tree: dict[str, Any], path: Place) -> None:
         else:
             continue
         raise DataError(f"{path}: {what}; use no shards from there, or pack the folder again.")
+    for kind in ("splits", "sources", "settings"):
+        if not isinstance(tree[kind], dict):
+            raise TypeError(kind)
     words = [tree["version"], *tree["classes"], *tree["splits"], *tree["sources"]]
     words += [shard["split"] for shard in tree["shards"]]
     wrong = next((word for word in words if CONTROL.search(word)), None)

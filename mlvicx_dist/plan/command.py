@@ -114,14 +114,13 @@ def _loading(
     """The images and their loader, the steps of an epoch, and what is assumed of them."""
     batch, said = config.train.batch_size, []
     shards = _shards(config, request)
+    there = steps_per_epoch(shards.sizes, 1, shards.weights) if shards else 0
+    images = request.images or there
     if shards is None or request.images:
-        images = request.images or 0
         steps = steps_per_epoch([images], batch)
     else:
-        images = len(shards)
         steps = steps_per_epoch(shards.sizes, batch, shards.weights)
     if shards and all(isinstance(shard, Path) for shard in shards.shards):
-        there = steps_per_epoch(shards.sizes, 1, shards.weights)
         rate = loader_rate(_trained(config, batch_size=min(batch, there)), shards)
         said.append(f"a core loads {rate:.0f} images/s, as this machine's did from these shards")
     else:

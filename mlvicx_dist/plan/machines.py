@@ -135,7 +135,7 @@ def read_cluster(path: str | Path) -> Cluster:
         ) from None
     try:
         found = sorted(_kinds(tree), key=lambda kind: kind.node is None)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         found = []
     if not found:
         raise ConfigError(

@@ -6,10 +6,10 @@ import base64
 import gzip
 from functools import cache
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, TemplateError
 from plotly.offline import get_plotlyjs
 
-from mlvicx_dist.errors import DataError
+from mlvicx_dist.errors import DataError, first_line
 from mlvicx_dist.evaluate import comparison
 from mlvicx_dist.report.compare import of_comparison
 from mlvicx_dist.report.run import of_run
@@ -36,15 +36,20 @@ def write_report(folder: str | Place) -> Place:
     except OSError as error:
         raise DataError(_unread(folder, error)) from None
     values_of, page = KINDS.get(kind or "", (of_run, "run.html.j2"))
-    try:
-        values = values_of(folder)
-    except OSError as error:
-        raise DataError(_unread(folder, error)) from None
     environment = Environment(loader=PackageLoader("mlvicx_dist.report"), autoescape=True)
     template = environment.get_template(page)
     path = folder / "report.html"
     try:
-        write_whole(path, template.render(**values, plotly=packed_plotly()).encode())
+        text = template.render(**values_of(folder), plotly=packed_plotly())
+    except OSError as error:
+        raise DataError(_unread(folder, error)) from None
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        raise DataError(
+            f"{folder}: a file in it is not as it was written ({type(error).__name__}: "
+            f"{first_line(error)}); restore the folder, or remove what was changed."
+        ) from None
+    try:
+        write_whole(path, text.encode())
     except OSError as error:
         raise DataError(f"{path}: the page cannot be written ({told(error)}).") from None
     return path

@@ -129,7 +129,7 @@ class Space:
                     return False
                 continue
             low, high = dimension.ends()
-            if not low <= value <= high:
+            if not isinstance(value, int | float) or not low <= value <= high:
                 return False
         return True
 

@@ -1,5 +1,6 @@
 """Comparisons from their settings to their page: what is done, done once, refused, and shown."""
 
+import io
 import json
 import os
 import re
@@ -414,9 +415,22 @@ def test_files_are_read_as_they_were_written(phantom_shards, tmp_path):
     assert again.few[0] is None and np.array_equal(again.few[1][1], few[1][1])
     assert np.array_equal(again.probe, scores.probe) and again.validation_auroc == 0.7
     assert read_scores(tmp_path / "none.npz") is None
-    (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:200])
-    with pytest.raises(DataError, match="damaged; remove it and run"):
-        read_scores(tmp_path / "b.npz")
+    data = (tmp_path / "b.npz").read_bytes()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    # An array alone; one that calls itself encrypted; packed in another way; of another name.
+    central = data.index(b"PK\x01\x02")
+    for damaged in (
+        data[:200],
+        buffer.getvalue(),
+        data[: central + 8] + b"\x01" + data[central + 9 :],
+        data[: central + 10] + b"\x63" + data[central + 11 :],
+        data.replace(b"probe.npy", b"frobe.npy"),
+    ):
+        assert damaged != data
+        (tmp_path / "b.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged; remove it and run"):
+            read_scores(tmp_path / "b.npz")
 
 
 def test_the_plane_is_that_of_the_principal_components():

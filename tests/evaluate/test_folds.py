@@ -63,6 +63,34 @@ def test_every_image_is_judged_once_by_what_learned_from_other_patients(embeddin
     assert "only 0 for c in the training part of fold" in folds[0].left_out["c"]
 
 
+def test_a_class_that_most_folds_do_not_know_is_judged_by_those_that_do(embeddings):
+    folds = folds_of(embeddings, settings())
+    fold = fold_of(folds)
+    # Of the third class some images of two folds are known.
+    labels = embeddings.labels.copy()
+    labels[:, 2] = np.where(np.isin(fold, (1, 3)), labels[:, 0], np.nan)
+    known = replace(embeddings, labels=labels)
+    folds = folds_of(known, settings())
+    assert folds[0].classes == ["a", "b", "c"]
+    for name in ("pixels", "pretrained"):
+        logits = probed(name, known.features[0], folds, settings()).logits
+        assert np.isfinite(logits).all()
+        false, true = roc_curve(logits[:, 2], labels[:, 2], fold)
+        assert (true[-1], false[-1]) == (1, 1)
+        assert np.isfinite(auroc(logits[:, 2], labels[:, 2], fold))
+
+
+def test_a_class_that_no_fold_has_both_labels_of_is_left_out(embeddings):
+    fold = fold_of(folds_of(embeddings, settings()))
+    labels = embeddings.labels.copy()
+    labels[:, 2] = np.where(fold < 2, 1, 0)
+    folds = folds_of(replace(embeddings, labels=labels), settings())
+    assert folds[0].classes == ["a", "b"]
+    assert folds[0].left_out["c"] == "no label for c in the folds with both labels, of 5"
+    curve = roc_curve(np.arange(200.0), labels[:, 2], fold)
+    assert [rates.tolist() for rates in curve] == [[0], [0]]
+
+
 def test_what_is_judged_is_in_the_order_of_the_images(embeddings):
     folds = folds_of(embeddings, settings())
     test = all_judged(folds)
@@ -186,5 +214,10 @@ def test_a_fold_that_has_nothing_to_tune_on_is_refused(embeddings):
     patients = embeddings.patients()
     labels = np.array([[float(p.endswith("1"))] for p in patients])
     alike = replace(embeddings, labels=labels, classes=("a",))
-    with pytest.raises(DataError, match=r"^x: none of a has both labels in any of .* fold 1 of 84"):
+    with pytest.raises(DataError, match=r"^x: no class has both labels in .* and in one of them"):
+        folds_of(alike, settings(folds=84))
+    # But for one, whose own probe is tuned on the others.
+    names, counts = np.unique(patients, return_counts=True)
+    labels[np.flatnonzero(patients == names[counts > 1][0])[:2], 0] = (0, 1)
+    with pytest.raises(DataError, match=r"^x: none of a has both labels in any of .* of 84 is tun"):
         folds_of(alike, settings(folds=84))

@@ -67,6 +67,23 @@ def test_a_subgroup_is_judged_by_its_own_images_and_says_what_it_cannot_judge():
     assert found["view PA"]["difference"] == whole["auroc"]["difference"]
 
 
+def test_with_folds_a_subgroup_judges_what_one_of_its_folds_can_compare():
+    about = [{"sex": "F", "age": 70 if i < 3 else 30} for i in range(12)]
+    labels = np.array([[1, 0, 0] + [0, 1] * 4 + [0]]).T.astype(float)
+    scores = {name: np.arange(12.0)[:, None] for name in ("pretrained", "untrained")}
+    folds = np.array([0, 1, 2, 0, 0, 1, 1, 2, 2, 0, 1, 2])
+    found = subgroups(scores, labels, np.arange(12), about, ["a"], settings(), folds)
+    assert found["age 65+"]["left_out"] == {
+        "a": "no label for a in the folds with both labels, of the subgroup age 65+"
+    }
+    assert "pretrained" not in found["age 65+"]
+    assert found["age 65+"]["positives"] == {"a": 1}
+    assert found["age 18-39"]["left_out"] == {}
+    assert found["age 18-39"]["pretrained"]["a"]["value"] == auroc(
+        scores["pretrained"][3:, 0], labels[3:, 0], folds[3:]
+    )
+
+
 def test_bands_must_rise():
     from mlvicx_dist.config import parse_config
 

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import CheckpointError, DataError
+from mlvicx_dist.evaluate.overlap import overlap_words
+from mlvicx_dist.export import evidence
 from mlvicx_dist.export.command import export
+from mlvicx_dist.model.encoder import encoder_digest
 from mlvicx_dist.train.weights import find_weights, load_encoder
 
 
@@ -102,6 +105,19 @@ def test_evaluations_of_other_checkpoints_are_named_and_not_shown(run_dir, tmp_p
     with pytest.raises(DataError, match=r"a\.json: the evaluation cannot be read"):
         export(run, tmp_path / "f")
     assert not (tmp_path / "f").exists()
+
+
+def test_a_card_says_what_labels_were_learned_and_no_folder(run_dir, tmp_path, monkeypatch):
+    run = shutil.copytree(run_dir, tmp_path / "mine")
+    (run / "evaluations").mkdir()
+    digest = encoder_digest(load_encoder(run))
+    overlap = {"unknown": "/data/x", "labels": {"splits": ["train"], "unknown": "/data/y"}}
+    result = {"checkpoint": "c", "encoder": digest, "name": "a", "overlap": overlap}
+    (run / "evaluations" / "a.json").write_text(json.dumps(result))
+    monkeypatch.setattr(evidence, "summary", lambda result: [overlap_words(result["overlap"])])
+    text = card(export(run, tmp_path / "e").folder)
+    assert "This encoder learned the labels of" in text
+    assert "/data/" not in text
 
 
 def test_what_lies_beside_an_export_is_no_evaluation_of_it(exported, tmp_path):

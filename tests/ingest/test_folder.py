@@ -250,6 +250,18 @@ def test_a_name_in_latin_1_is_packed(tmp_path, salt):
     assert sum(report.manifest.splits.values()) == 1
 
 
+@pytest.mark.parametrize("cell", ["Doe^Jane", "1950-03-04"])
+def test_labels_that_may_name_patients_are_not_taken_for_classes(folder, cell):
+    table = folder / "t.csv"
+    table.write_text(f"path,who,finding\nloose.png,{cell},Pneumonia\n")
+    with pytest.raises(DataError, match=r"labels of column 'who' look like patients.*--labels-col"):
+        list_csv(folder, table, name="x", columns=Columns(labels="who"))
+    found = list_csv(folder, table, name="x", columns=Columns(labels="finding"))
+    assert f"{table}: classes, named in the shards: Pneumonia." in found.notes
+    chosen = list_csv(folder, table, name="x", columns=Columns(labels="who"), classes=[cell])
+    assert list(chosen.records[0].labels) == [cell]
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "words"),
     [

@@ -16,6 +16,7 @@ from PIL import Image
 from mlvicx_dist.cli import main
 from mlvicx_dist.errors import DataError, TooManyRefusedError
 from mlvicx_dist.ingest import pack as packing
+from mlvicx_dist.ingest.leaks import Hashed, find_leaks
 from mlvicx_dist.ingest.pack import pack
 from mlvicx_dist.ingest.phash import NEAR_BITS, as_words, near_pairs, perceptual_hash
 from mlvicx_dist.ingest.record import Record
@@ -128,6 +129,19 @@ def test_dropping_leaves_the_earlier_one_out_and_mends_to_the_same_bytes(images,
     again = pack(images, out, settings=drop, salt=salt, max_refused=0.2)
     assert (again.written, shard.read_bytes()) == (1, before)
     assert verify(out).leaks == ()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first"),
+    [("train", "val", "train"), ("validate", "train", "train"), ("validate", "test", "validate")],
+)
+@pytest.mark.parametrize("keys", ["ab", "ba"])
+def test_what_is_held_out_is_the_later_of_two_copies(one, other, first, keys):
+    pair = [
+        Hashed(key * 32, split, "0" * 64) for split, key in zip((one, other), keys, strict=True)
+    ]
+    (leak,) = find_leaks(pair)
+    assert leak.first.split == first
 
 
 def test_a_copy_that_was_dropped_stays_out_when_its_shard_is_packed_again(images, salt, tmp_path):

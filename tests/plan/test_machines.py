@@ -75,6 +75,15 @@ def test_machines_on_demand_are_told_from_spot(tmp_path):
             "available_node_types: {h: {node_config: {}}}",
             "it names no machines for workers",
         ),
+        (
+            (CLUSTER / "gpu.yaml").read_text().replace("max_workers: ", "max_workers: .inf #"),
+            "it names no machines for workers",
+        ),
+        (
+            "kind: RayJob\nspec: {rayClusterSpec: {workerGroupSpecs: [{replicas: 1, "
+            "template: {spec: {containers: []}}}]}}",
+            "it names no machines for workers",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_one_sentence(tmp_path, text, words):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.config import PretrainConfig, load_as
+from mlvicx_dist.config import PretrainConfig, load_as, parse_config, to_tree
 from mlvicx_dist.errors import ResourceError
 from mlvicx_dist.plan import command
 from mlvicx_dist.plan.command import make_plan
@@ -80,6 +80,11 @@ def test_shards_tell_how_many_images_there_are_and_how_fast_they_load(
     assert (plan.loading.images, plan.steps) == (images, 3 * (images // 7))
     assert plan.loading.image_bytes == sum(shard["bytes"] for shard in train) / images
     assert plan.loading.images_per_s != command.LOADER_IMAGES_PER_S
+    # Of an epoch, not of the shards.
+    tree = to_tree(settings)
+    tree["data"]["shards"] = [{"path": str(phantom_shards), "weight": w} for w in (1, 0.1)]
+    weighted = make_plan(parse_config(tree, "t"), Request(gpu_type="L4"))
+    assert weighted.loading.images == images + int(images * 0.1)
     # Other images than these, in a batch that these could not fill.
     other = make_plan(config(phantom_shards, train__batch_size=64), L4)
     assert (other.loading.images, other.steps) == (1000, 3 * 15)

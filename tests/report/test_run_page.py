@@ -1,5 +1,6 @@
 """The page of a run whose files or shards are not what they were."""
 
+import json
 import shutil
 
 import pytest
@@ -42,4 +43,25 @@ def test_a_damaged_file_is_one_sentence(run, name, content):
 def test_damaged_settings_are_one_sentence(run, content):
     (run / "config.yaml").write_text(content)
     with pytest.raises(DataError, match=r"the run's settings cannot be read \(.*\); restore the"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("environment.json", '{"versions": "x"}'),
+        ("evaluations/phantoms.json", None),
+    ],
+)
+def test_a_file_of_other_values_is_one_sentence(run, name, content):
+    path = run / name
+    if content is None:
+        result = json.loads(path.read_text())
+        del result["splits"]
+        content = json.dumps(result)
+    path.write_text(content)
+    with pytest.raises(
+        DataError, match=r"small: a file in it is not as it was written \(\w+: .*\);"
+    ):
         write_report(run)

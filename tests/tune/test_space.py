@@ -99,6 +99,7 @@ def test_what_another_sweep_tried_is_taken_where_it_fits():
     space = open_space(sweep({"loss.lambda_local": LOG, "model.levels": {"choice": [[1], "all"]}}))
     assert space.admits({"loss.lambda_local": 1.0, "model.levels": "all"})
     assert not space.admits({"loss.lambda_local": 11.0})
+    assert not space.admits({"loss.lambda_local": "1.0"})
     assert not space.admits({"model.levels": [2]})
     assert not space.admits({"train.weight_decay": 0.1})
 

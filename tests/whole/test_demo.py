@@ -24,7 +24,7 @@ def test_a_demo_that_is_stopped_ends_as_a_command_that_is(tmp_path, monkeypatch,
     monkeypatch.setattr(demo, "_shard", lambda out: out.mkdir())
     monkeypatch.setattr(demo, "pretrain", stopped)
     # A name that YAML would take for more than a name.
-    out = tmp_path / "my demo, [1]: a #2"
+    out = tmp_path / "my demo, [1]: a #2 \U0001fa7b"
     assert cli.main(["demo", "--out", str(out)]) == 128 + stopped_by
     assert given == [str(out)]
 

@@ -101,7 +101,11 @@ def list_folder(
     splits = _splits({_top(path) for path in paths})
     below = {path: path.partition("/")[2] if splits else path for path in paths}
     names = sorted({_top(path) for path in below.values()} - {""}) if classes else []
-    _check_classes(source, names)
+    _check_classes(
+        f"{source}: the subfolders",
+        names,
+        "give --no-classes if they are not classes, or a --csv with the labels",
+    )
     named = {path: _patient(pattern, path) for path in paths}
     patients, notes = _patients(source, named, headers, "--patient-regex or a --csv")
     records = [
@@ -270,28 +274,36 @@ def _headers(folder: Place, paths: Sequence[str], workers: int | None) -> dict[s
     return found
 
 
-def _check_classes(source: str | Path, names: Sequence[str]) -> None:
-    """Raise a DataError where subfolders look like patients: class names stand in the shards."""
+def _check_classes(which: str, names: Sequence[str], remedy: str) -> None:
+    """Raise a DataError where names look like patients: those of classes stand in the shards."""
     namelike = [name for name in names if NAMELIKE.search(name)]
     if len(names) > MOST_CLASSES or namelike:
         why = "look like patients or dates" if namelike else f"are {len(names)}"
         raise DataError(
-            f"{source}: the subfolders {why}, and as classes their names would stand in the "
-            "shards; give --no-classes if they are not classes, or a --csv with the labels."
+            f"{which} {why}, and as classes their names would stand in the shards; {remedy}."
         )
 
 
 def _check_labels(
     table: Table, column: str, classes: Sequence[str] | None, occurring: Sequence[str]
 ) -> list[str]:
-    """Notes of classes that no image has.
+    """Notes of the classes that are taken from the table, or of those that no image has.
 
     Raises:
-        DataError: classes are asked for and there is no column of labels, or one is misspelt.
+        DataError: classes are asked for and there is no column of labels, or one is misspelt; or
+            the labels look like patients.
     """
     if classes is None:
-        told = f"{table.path}: it has no column 'labels', so no image has a label; name the column "
-        return [] if column else [told + "of the labels with --labels-column."]
+        if not column:
+            told = f"{table.path}: it has no column 'labels', so no image has a label; name the "
+            return [told + "column of the labels with --labels-column."]
+        _check_classes(
+            f"{table.path}: the labels of column '{column}'",
+            occurring,
+            "name another column with --labels-column, or the classes with --classes",
+        )
+        listed = ", ".join(occurring)
+        return [f"{table.path}: classes, named in the shards: {listed}."] if occurring else []
     if not column:
         table.need("labels")
     notes = []
