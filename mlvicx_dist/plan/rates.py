@@ -19,7 +19,7 @@ from mlvicx_dist.train.rates import training_step
 
 PRODUCTS_SHARE, TF32_SHARE, MEMORY_SHARE = 0.5, 0.25, 0.7
 """What of its data sheet a GPU reaches in products, in those in TF32 and in memory traffic: chosen
-to meet five published rates of ResNets on an RTX 3090, a V100 and an A100, all within 11 %."""
+to meet five published rates of ResNets on an RTX 3090, a V100 and an A100, all within 12 %."""
 FEW, MEASURED_S, REPEATS = 2, 1.0, 3
 """A step on so few images, on twice as many and so on, until it takes so long; that is timed so
 often. A FLOP of a small step takes longer: at 96 px 17 ps with 2 images, 6.6 with 32."""

@@ -127,6 +127,8 @@ def test_the_test_images_choose_nothing(disc_shards):
         for split in ("test", "train")
     ]
     assert found[0] == found[1]
+    seen = found[0]["validation_peak"]
+    assert str(found[0]["peak_level"]) == max(seen, key=seen.get)
 
 
 def test_boxes_stand_where_their_masks_are(disc_shards):

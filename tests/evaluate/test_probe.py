@@ -99,6 +99,12 @@ def test_neighbours_vote():
     y = kinds[:, None].astype(float)
     scores = knn_scores(points[:150], y[:150], points[150:], settings=Knn(neighbours=5))
     assert auroc(scores[:, 0], y[150:, 0]) == 1
+    centred = points.astype(float) - points[:150].mean(0, dtype=float)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    cosines = centred[150:] @ centred[:150].T
+    near = np.argsort(-cosines, axis=1)[:, :5]
+    weights = 1 + np.take_along_axis(cosines, near, 1)
+    assert np.allclose(scores[:, 0], (weights * y[near, 0]).sum(1) / weights.sum(1))
     y[:149] = np.nan
     one_vote = knn_scores(points[:150], y[:150], points[150:], settings=Knn(neighbours=150))
     assert np.allclose(one_vote, y[149])
