@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,13 @@ def memory_bytes(*, gpu: bool) -> int | None:
 
 def whole_cluster() -> dict[str, float]:
     """What the cluster can grow to where its autoscaler's settings are known, else what it has."""
-    total: dict[str, float] = {}
-    for resources, count in node_types():
-        for kind, amount in resources.items():
-            total[kind] = total.get(kind, 0) + count * amount
-    return total
+    nodes = known_nodes()
+    kinds = sorted({kind for resources, _ in (*nodes.there, *nodes.more) for kind in resources})
+    return {kind: nodes.at_most(partial(_amount, kind)) for kind in kinds}
+
+
+def _amount(kind: str, resources: Mapping[str, float]) -> float:
+    return resources.get(kind, 0)
 
 
 def slots(needed: Mapping[str, float]) -> int:
@@ -54,20 +58,40 @@ def slots(needed: Mapping[str, float]) -> int:
 
     A node whose memory is not known has enough of it.
     """
-    return sum(
-        count
-        * int(
-            min(
-                {"memory": UNKNOWN_BYTES, **resources}.get(kind, 0) // amount
-                for kind, amount in needed.items()
-            )
-        )
-        for resources, count in node_types()
-    )
+
+    def on(resources: Mapping[str, float]) -> int:
+        known = {"memory": UNKNOWN_BYTES, **resources}
+        return int(min(known.get(kind, 0) // amount for kind, amount in needed.items()))
+
+    return int(known_nodes().at_most(on))
 
 
-def node_types() -> list[tuple[dict[str, float], int]]:
-    """The kinds of nodes and how many of each the cluster can have: (resources, count).
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes that a cluster has or can have: kinds of them, (resources, count).
+
+    Attributes:
+        there: Those that it has in any case.
+        more: Those that an autoscaler may add.
+        added: How many of these at once, of all kinds together.
+    """
+
+    there: list[tuple[dict[str, float], int]]
+    more: list[tuple[dict[str, float], int]]
+    added: int
+
+    def at_most(self, worth: Callable[[Mapping[str, float]], float]) -> float:
+        """What the nodes are worth together, where those are added that are worth most."""
+        total = sum(worth(resources) * count for resources, count in self.there)
+        left = self.added
+        for each, count in sorted(((worth(r), n) for r, n in self.more), reverse=True):
+            total += each * min(count, left)
+            left -= min(count, left)
+        return total
+
+
+def known_nodes() -> Nodes:
+    """The nodes of this cluster.
 
     What an autoscaler may add is read from the cluster's own record, from the file that `ray up`
     leaves on the head node, or from Kubernetes. Where nothing tells it (a cluster of given
@@ -78,22 +102,24 @@ def node_types() -> list[tuple[dict[str, float], int]]:
 
     config = state.get_cluster_config()
     if config and config.node_group_configs:
-        return [
+        groups = [
             (dict(group.resources), MOST_NODES if group.max_count < 0 else group.max_count)
             for group in config.node_group_configs
         ]
+        return Nodes([], groups, sum(count for _, count in groups))
     try:
         tree = _autoscaler_settings()
         head, most = tree["head_node_type"], int(tree["max_workers"])
-        kinds = [
-            (dict(kind["resources"]), 1 if name == head else min(kind["max_workers"], most))
+        kinds = {
+            name: (dict(kind["resources"]), int(kind["max_workers"]))
             for name, kind in tree["available_node_types"].items()
-        ]
-        if any(resources for resources, _ in kinds):
-            return kinds
+        }
+        if any(resources for resources, _ in kinds.values()):
+            own, _ = kinds.pop(head)
+            return Nodes([(own, 1)], list(kinds.values()), most)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         pass
-    return [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    return Nodes([(node["Resources"], 1) for node in ray.nodes() if node["Alive"]], [], 0)
 
 
 def _autoscaler_settings() -> Any:

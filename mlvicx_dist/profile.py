@@ -31,6 +31,7 @@ from mlvicx_dist.storage import told, write_whole
 from mlvicx_dist.stream.loader import Batch
 from mlvicx_dist.train.group import cluster, fitted, trainer
 from mlvicx_dist.train.launch import absolute, check_model, check_workers
+from mlvicx_dist.train.memory import check_memory
 from mlvicx_dist.train.optim import make_optimizer
 from mlvicx_dist.train.rows import telling
 from mlvicx_dist.train.source import open_shards, steps_of, stream_of, with_classes
@@ -116,17 +117,26 @@ def profile_run(config: PretrainConfig, *, steps: int, out: str | Path) -> Profi
     check_model(config)
     config = with_classes(config, open_shards(config))
     elsewhere = on_cluster()
+    if not elsewhere:
+        own = config.workers.num
+        check_memory(config, own, node_workers=own, where="this machine")
     with cluster(config.workers), scratch("profile") as folder:
         channel = Path(folder) / "rows.jsonl"
         plan = {"settings": to_tree(config), "steps": steps, "check_memory": elsewhere}
         total = _total(steps, config.workers.num)
         with progress("profiling", total, "steps") as bar:
+
+            def show(row: dict[str, Any]) -> None:
+                for line in row.get("said", ()):
+                    bar.say(line)
+                bar.advance(int("step" in row))
+
             fit = trainer(profile_worker, plan, config.workers, channel, folder, resumes=False)
             found = fitted(
                 fit,
                 "The workers could not be profiled",
                 channel=channel,
-                show=lambda row: bar.advance(int("step" in row)),
+                show=show,
                 wait_s=config.workers.wait_s,
             )
     try:

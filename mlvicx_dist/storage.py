@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from upath import UPath
 
-from mlvicx_dist.errors import DataError, nearest
+from mlvicx_dist.errors import DataError, first_line, nearest
 
 T = TypeVar("T")
 Place: TypeAlias = Any
@@ -42,8 +42,19 @@ def place(text: str | Path) -> Place:
     """A path or URL as a pathlib path (`UPath`), local ones as a plain and absolute `Path`.
 
     Raises:
-        DataError: the scheme is not one of ours (`pipe:` runs a shell), or its library is missing.
+        DataError: the scheme is not one of ours (`pipe:` runs a shell), its library is missing, or
+            it is no path at all.
     """
+    try:
+        return _place(text)
+    except (OSError, RuntimeError, ValueError) as error:
+        # Of a home that nobody has, a name that is too long, half of an IPv6 address.
+        raise DataError(
+            f"{text}: it is no path or URL ({first_line(error)}); give a folder, or a URL."
+        ) from None
+
+
+def _place(text: str | Path) -> Place:
     if isinstance(text, UPath):
         return text
     if isinstance(text, Path):
@@ -51,14 +62,14 @@ def place(text: str | Path) -> Place:
         return text.expanduser().absolute()
     scheme, colon, rest = text.partition(":")
     if not colon or "/" in scheme or (not rest.startswith("//") and Path(text).exists()):
-        return place(Path(text))
+        return _place(Path(text))
     if scheme not in SCHEMES or not rest.startswith("//"):
         raise DataError(
             f"{text}: '{scheme}:' is no place that can be used{nearest(scheme, SCHEMES)}; give a "
             f"folder, or a URL that begins with {', '.join(f'{s}://' for s in SCHEMES)}."
         )
     if scheme == "file":
-        return Path(rest.removeprefix("//"))
+        return _place(Path(rest.removeprefix("//")))
     try:
         # Other processes write there too: what was listed once is not what is there.
         path = UPath(text, use_listings_cache=False)

@@ -35,6 +35,14 @@ def test_numbers_with_an_exponent_are_numbers(file):
     assert config.train.learning_rate_per_256 == 0.2
 
 
+def test_numbers_and_truths_are_those_of_yaml_1_2(file):
+    assert load_config(file, ["train.epochs=010"]).train.epochs == 10
+    for words in ("train.seed=1:30", "train.epochs=yes", "train.seed=0x1f"):
+        with pytest.raises(ConfigError, match=words.partition("=")[0]):
+            load_config(file, [words])
+    assert load_config(file, ["train.recompute=true"]).train.recompute
+
+
 def test_overrides_reach_lists_and_make_sections(file):
     config = load_config(
         file,

@@ -50,8 +50,18 @@ available_node_types:
     # The memory of a node that is not there yet is not known.
     assert capacity.slots({"CPU": 8, "memory": 1e12}) == 3
     assert capacity.whole_cluster() == {"CPU": 24, "GPU": 6}
+    # All kinds together are no more than three.
+    path.write_text(path.read_text() + "  big: {resources: {CPU: 2, GPU: 8}, max_workers: 2}\n")
+    assert capacity.whole_cluster() == {"CPU": 24, "GPU": 18}
+    assert capacity.slots({"CPU": 1, "GPU": 4}) == 4
+    assert capacity.slots({"CPU": 4, "GPU": 1}) == 6
     # On machines of one's own Ray writes no resources: those of the nodes that are there count.
-    path.write_text(path.read_text().replace("{CPU: 0}", "{}").replace("{CPU: 8, GPU: 2}", "{}"))
+    path.write_text(
+        path.read_text()
+        .replace("{CPU: 0}", "{}")
+        .replace("{CPU: 8, GPU: 2}", "{}")
+        .replace("{CPU: 2, GPU: 8}", "{}")
+    )
     assert capacity.slots({"CPU": 4}) == 2
 
 

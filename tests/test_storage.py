@@ -33,6 +33,18 @@ def test_a_scheme_that_is_not_ours_is_refused(url):
         place(url)
 
 
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "http://[bad/x", "a:" + "x" * 300])
+def test_what_is_no_path_is_one_sentence(text):
+    with pytest.raises(DataError, match=r": it is no path or URL \(.*\); give a folder"):
+        place(text)
+
+
+def test_a_file_url_is_an_absolute_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert place("file://shards") == tmp_path / "shards"
+    assert place("file:///shards") == Path("/shards")
+
+
 def test_local_paths_stay_paths(tmp_path):
     assert place(str(tmp_path)) == tmp_path
     assert place(f"file://{tmp_path}") == tmp_path

@@ -33,13 +33,24 @@ KINDS: dict[str, type[Config]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose numbers are YAML 1.2's: `1e-6` is a float, and a key may stand only once."""
+    """Safe YAML whose numbers and truths are YAML 1.2's; a key may stand only once.
+
+    `1e-6` is a float, `010` is ten, `1:30` and `yes` are texts.
+    """
 
 
+OURS = (":float", ":int", ":bool")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(OURS)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -196,7 +196,8 @@ class Train(Settings):
     gradients: Precision = "float32"
     """In which gradients are all-reduced; in bf16 half as many bytes, rounded before the sum."""
     gather_rows: bool = False
-    """Exchange rows, not gradients, of the projectors' wide layers: the same sums, fewer bytes."""
+    """Exchange rows, not gradients, of the projectors' wide layers: the same sums, fewer bytes.
+    Layers whose rows are more than a quarter of their weights, and one worker, do as without it."""
     recompute: bool = False
     """Keep only the level maps for backward and compute the rest again: less memory, more time."""
     deterministic: bool = False

@@ -55,7 +55,7 @@ def folds_of(embeddings: Embeddings, settings: EvaluateConfig) -> list[Parts]:
     learned = {f"fold {k + 1}": labels[fold != k] for k in range(count)}
     classes, left_out = usable_classes(names, learned, within="training part of")
     judged, alone = usable_classes(
-        names, {f"{count}": comparable(labels, fold)}, within="folds with both labels, of"
+        names, {str(count): comparable(labels, fold)}, within="folds with both labels, of"
     )
     classes = [name for name in classes if name in judged]
     left_out = alone | left_out

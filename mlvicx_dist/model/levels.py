@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mlvicx_dist.config import Model
-from mlvicx_dist.errors import ConfigError, nearest
+from mlvicx_dist.errors import ConfigError, first_line, nearest
 from mlvicx_dist.model.context import ContextBottleneck
 from mlvicx_dist.model.recompute import Parts, chain_parts, recomputed_maps
 
@@ -99,11 +99,12 @@ def _backbone(settings: Model) -> Any:
         if pretrained:
             raise ConfigError(
                 f"model.init imagenet: the weights of {settings.backbone} cannot be had "
-                f"({type(error).__name__}); connect to the network or --set model.init=random."
+                f"({type(error).__name__}: {first_line(error)}); connect to the network or --set "
+                "model.init=random."
             ) from None
         raise ConfigError(
-            f"model.backbone {settings.backbone}: timm cannot hand out its levels; "
-            "choose a convolutional backbone such as resnet18."
+            f"model.backbone {settings.backbone}: timm cannot hand out its levels "
+            f"({first_line(error)}); choose a convolutional backbone such as resnet18."
         ) from None
     return backbone
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -28,8 +29,9 @@ from mlvicx_dist.stream.room import room_at
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 256
-"""Remote shards that a process keeps open."""
+OPEN_SHARDS = max(256, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+"""Shards that a process keeps open: a step reads one for each lane of its rank, in the same round
+each time, so that of fewer none would be open still when it is asked for."""
 REQUEST_BYTES = 8 * 2**20
 """What is fetched at a time of a shard that is fetched whole."""
 

@@ -21,11 +21,8 @@ from mlvicx_dist.errors import DataError, nearest
 from mlvicx_dist.ingest.record import ALLOWED_KEYS
 from mlvicx_dist.ingest.shards import Manifest, ShardInfo, decode_image, read_index, read_manifest
 from mlvicx_dist.storage import is_local, told
-from mlvicx_dist.stream.cache import Cache, RemoteShard
+from mlvicx_dist.stream.cache import OPEN_SHARDS, Cache, RemoteShard
 from mlvicx_dist.stream.part import kept_bytes
-
-OPEN_SHARDS = 256
-"""Shards that a process keeps open."""
 
 
 @dataclass(frozen=True)

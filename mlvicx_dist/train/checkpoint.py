@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from mlvicx_dist.errors import CheckpointError, first_line
+from mlvicx_dist.errors import CheckpointError, ConfigError, first_line
 from mlvicx_dist.storage import (
     Place,
     becoming,
@@ -185,7 +185,7 @@ def local_copy(path: Place, *, patience_s: float | None = None) -> Path:
                 insist(path, fetch, patience_s)
                 check_digest(copy)
     except FileNotFoundError:
-        raise DamagedError(_damaged(path)) from None
+        raise DamagedError(_unsealed(path)) from None
     except DamagedError:
         raise DamagedError(_damaged(path)) from None
     except OSError as error:
@@ -243,10 +243,7 @@ def check_digest(path: Path) -> None:
         seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = path.stat().st_size == seal["bytes"] and digest(path) == seal["sha256"]
     except FileNotFoundError:
-        raise DamagedError(
-            f"{path}: there is no {path.with_suffix('.json').name} beside it, which tells whether "
-            "a checkpoint is whole; give a run, a step-*.pt in one, or an export folder."
-        ) from None
+        raise DamagedError(_unsealed(path)) from None
     except (ValueError, KeyError, TypeError):
         whole = False
     except OSError as error:
@@ -265,6 +262,13 @@ def _unreadable(path: Place, error: OSError) -> str:
 def unreached(path: Place, error: OSError) -> str:
     """The sentence for a place that does not answer."""
     return f"{path}: it cannot be reached ({told(error)}); check the address and your access to it."
+
+
+def _unsealed(path: Place) -> str:
+    return (
+        f"{path}: there is no {path.with_suffix('.json').name} beside it, which tells whether a "
+        "checkpoint is whole; give a run, a step-*.pt in one, or an export folder."
+    )
 
 
 def _damaged(path: Place) -> str:
@@ -301,6 +305,29 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest_step(run_dir: Place) -> int:
+    """The step of the newest checkpoint by its name, whole or not; 0 where there is none.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    numbers = (seal.name[len("step-") : -len(".json")] for seal in _seals(run_dir / "checkpoints"))
+    return next((int(number) for number in numbers if number.isdecimal()), 0)
+
+
+def check_end(run_dir: Place, step: int, total: int) -> None:
+    """See that a run is not beyond its end.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if step > total:
+        raise ConfigError(
+            f"{run_dir}: its newest checkpoint is at step {step}, but these settings end at step "
+            f"{total}; raise train.epochs or train.steps, or give this one another run.name."
+        )
 
 
 def _seals(folder: Place) -> list[Place]:

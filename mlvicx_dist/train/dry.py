@@ -15,6 +15,9 @@ from mlvicx_dist.model.heads import fold_matrix
 from mlvicx_dist.model.mlvicx import MLVICX, build_model
 from mlvicx_dist.train.step import TwoViews, random_model
 
+UNFIT = (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError)
+"""How backbones of timm say that they cannot take an image, each in its own way."""
+
 
 def shapes_of(config: PretrainConfig) -> MLVICX:
     """The model of the settings without its weights.
@@ -46,7 +49,7 @@ def without_data(model: MLVICX, config: PretrainConfig) -> Iterator[None]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             yield
-    except (RuntimeError, ValueError) as error:
+    except UNFIT as error:
         reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"model.backbone {config.model.backbone}: it does not run with these settings "

@@ -28,6 +28,7 @@ from mlvicx_dist.storage import (
     write_whole,
 )
 from mlvicx_dist.stream.order import steps_per_epoch
+from mlvicx_dist.train.checkpoint import check_end, newest_step
 from mlvicx_dist.train.drive import MakeJudge, drive
 from mlvicx_dist.train.fingerprint import (
     accept_fingerprint,
@@ -102,9 +103,14 @@ def pretrain(
             stack.enter_context(only_driver(run_dir))
         with writing(run_dir):
             wanted = fingerprint(config, shards.digests(), read_fingerprint(run_dir))
-            changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
+            trained = newest_step(run_dir)
+            changes = ""
+            # Settings that no worker has taken a checkpoint with bind nobody.
+            if trained:
+                changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
+            check_end(run_dir, trained, total)
             state = _state(run_dir)
-            if state.get("state") == "finished" and state.get("steps") == total and not changes:
+            if state.get("state") == "finished" and state.get("steps") == total:
                 return Outcome(run_dir, total, total, already_finished=True)
 
         def begin(token: str) -> None:

@@ -18,13 +18,18 @@ import torch
 import torch.distributed as dist
 
 from mlvicx_dist.config import PretrainConfig
-from mlvicx_dist.errors import CheckpointError, ConfigError
+from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.model.encoder import load_strictly
 from mlvicx_dist.model.mlvicx import MLVICX
 from mlvicx_dist.objective.wide_linear import align
 from mlvicx_dist.storage import PATIENCE_S, Place, is_local, place, told
 from mlvicx_dist.train.agreement import Agreement
-from mlvicx_dist.train.checkpoint import local_copy, newest_checkpoint, read_checkpoint
+from mlvicx_dist.train.checkpoint import (
+    check_end,
+    local_copy,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from mlvicx_dist.train.metrics import Clock, Meter
 from mlvicx_dist.train.notices import Notice, Notices, Regroup
 from mlvicx_dist.train.optim import learning_rate, make_optimizer
@@ -102,16 +107,17 @@ def train(
         Resumed() if newest is None else _resume(newest, model, optimizer, config, said.append)
     )
     start = done = resumed.step
-    if start > total:
-        raise ConfigError(
-            f"{run_dir}: its newest checkpoint is at step {start}, but these settings end at step "
-            f"{total}; raise train.epochs or train.steps, or give this one another run.name."
-        )
+    check_end(run_dir, start, total)
     wrapped = wrap(TwoViews(model), member, config.train)
     meter = Meter(steps.lanes.stop - steps.lanes.start)
     clock = Clock(trained_s(run_dir, start, patience_s=PATIENCE_S) if member.rank == 0 else 0.0)
     begin = {"step": start, "steps": total, "world_size": member.world_size}
-    report({**begin, "nodes": _nodes(member), "said": take(said)})
+    report({**begin, "nodes": _nodes(member), "said": said})
+
+    def say(words: str) -> None:
+        # At once: after the last row of a run there is none that it could go with.
+        report({"said": [words], "world_size": member.world_size})
+
     heard, saved = Notice.NONE, True
     with ExitStack() as stack:
         log_samples = _sample_log(config, member)
@@ -119,7 +125,7 @@ def train(
         if member.rank == 0:
             run_log = stack.enter_context(RunLog(run_dir, step=start, patience_s=PATIENCE_S))
             track = stack.enter_context(
-                tracking(config, run_dir, start=start, total=total, say=said.append)
+                tracking(config, run_dir, start=start, total=total, say=say)
             )
             saver = stack.enter_context(
                 Saver(
@@ -129,7 +135,7 @@ def train(
                     optimizer,
                     data_of(config, shards),
                     since_export=resumed.since_export,
-                    say=said.append,
+                    say=say,
                     before=partial(_publish, fence, run_log),
                 )
             )
@@ -156,11 +162,11 @@ def train(
                     with clock.aside():
                         row |= judge(model)
                 if run_log:
-                    _write_row(run_log, row, fence if is_local(run_dir) else None, said.append)
+                    _write_row(run_log, row, fence if is_local(run_dir) else None, say)
                 if track:
                     track(row)
                 newest = str(saver.newest) if saver and saver.newest else None
-                report({**row, "steps": total, "checkpoint": newest, "said": take(said)})
+                report({**row, "steps": total, "checkpoint": newest})
             if saver and done < total:
                 saver.look()
                 if saver.due(done):
@@ -265,9 +271,7 @@ def _write_row(
 ) -> None:
     """Log a row; where that cannot be, training goes on and the row is kept."""
     try:
-        if fence:
-            fence()
-        run_log.write(row)
+        run_log.write(row, fence=fence)
     except OSError as error:
         say(f"step {row['step']}: the log cannot be written ({told(error)}); its rows wait.")
 
@@ -282,9 +286,3 @@ def _sample_log(config: PretrainConfig, member: Member) -> Callable[[int, torch.
     if config.run.samples_path is None:
         return lambda step, samples: None
     return SampleLog(config.run.samples_path, member.rank, member.world_size).write
-
-
-def take(said: list[str]) -> list[str]:
-    """What was said since the last time."""
-    taken, said[:] = said[:], []
-    return taken

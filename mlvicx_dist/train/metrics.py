@@ -101,7 +101,8 @@ class Meter:
         self._sums, self._steps = {}, 0
         features = torch.cat(tuple(self._features))
         row["encoder/rankme"] = effective_rank(features)
-        row["encoder/std"] = float(features.std(0).mean())
+        if len(features) > 1:
+            row["encoder/std"] = float(features.std(0).mean())
         return row
 
 

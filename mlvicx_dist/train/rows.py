@@ -22,7 +22,9 @@ LAST_WORD_S = 5.0
 
 @contextmanager
 def telling(guard: Any, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What a worker calls with its rows in the block; rank 0's reach the driver, without a wait.
+    """What a worker calls with its rows in the block, in any thread; rank 0's reach the driver.
+
+    Nobody waits for that.
 
     A row that comes while the one before is under way goes with the next, so that they stay in
     order: Ray does not promise that of the calls of such an actor.
@@ -35,6 +37,7 @@ def telling(guard: Any, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]
 
     sent: list[Any] = []
     lines: list[str] = []
+    turn = threading.Lock()
 
     def send() -> None:
         sent[:] = [guard.write.remote("".join(lines))]
@@ -42,9 +45,10 @@ def telling(guard: Any, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]
 
     def tell(row: dict[str, Any]) -> None:
         if rank == 0:
-            lines.append(json.dumps(row) + "\n")
-            if not sent or ray.wait(sent, timeout=0)[0]:
-                send()
+            with turn:
+                lines.append(json.dumps(row) + "\n")
+                if not sent or ray.wait(sent, timeout=0)[0]:
+                    send()
 
     try:
         yield tell

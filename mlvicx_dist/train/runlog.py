@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,19 @@ class RunLog:
         """The step past which rows are still to be cut."""
         self._board: Any = None
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, float], *, fence: Callable[[], None] | None = None) -> None:
         """Add a row; its key `step` is the number of steps done.
+
+        Args:
+            row: The row.
+            fence: Called before anything is written.
 
         Raises:
             OSError: it could not be written; the next call tries again.
         """
         self._rows.append(json.dumps(row) + "\n")
+        if fence:
+            fence()
         path = self._folder / ROWS
         if self._begin is not None:
             _cut(path, self._begin)

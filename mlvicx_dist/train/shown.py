@@ -40,7 +40,8 @@ class Shown:
         for words in row.get("said", ()):
             self._bar.say(words)
         if "step" not in row:
-            self.world_size = 0
+            # What a group that is at work says, or else who saw it go.
+            self.world_size = int(row.get("world_size", 0))
             return
         self._silence.hear(row)
         step = int(row["step"])

@@ -235,6 +235,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_moves():
     ("change", "words"),
     [
         ({"backbone": "resnet81"}, "timm has no such model"),
+        ({"backbone": "resnet18.a1_in1kk"}, "levels .*a1_in1kk"),
         ({"levels": [0, 7]}, "level 7, but resnet18 has the levels 0 to 4"),
         ({"backbone": "hrnet_w18_small"}, "hrnet"),
     ],

@@ -11,7 +11,9 @@ from upath import UPath
 from mlvicx_dist.errors import CheckpointError
 from mlvicx_dist.train import checkpoint
 from mlvicx_dist.train.checkpoint import (
+    DamagedError,
     check_digest,
+    local_copy,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -131,6 +133,15 @@ def test_a_store_that_is_away_is_no_run_without_checkpoints(run, monkeypatch):
         newest_checkpoint(folder, patience_s=0)
     with pytest.raises(OSError, match="unreachable"):
         take_over(folder, "token")
+
+
+def test_a_remote_one_without_its_seal_is_said_to_have_none():
+    folder = UPath("memory://mlvicx-unsealed")
+    save_checkpoint(folder, state(10), keep=3)
+    path = folder / "checkpoints" / "step-00000010.pt"
+    path.with_suffix(".json").unlink()
+    with pytest.raises(DamagedError, match=r"there is no step-00000010\.json beside it"):
+        local_copy(path)
 
 
 def test_a_run_that_went_on_from_before_drops_what_came_after(run):

@@ -76,6 +76,16 @@ def test_a_row_is_shown_with_the_terms_that_it_has(terms, words):
     assert told == [(2, f"100 images/s, data wait 2%, {words}")]
 
 
+def test_a_group_that_says_something_is_at_work_still():
+    said = []
+    shown = Shown(SimpleNamespace(say=said.append, skip=lambda count: None), lambda row: None)
+    shown({"step": 0, "world_size": 2})
+    shown({"said": ["the disk is full"], "world_size": 2})
+    assert shown.world_size == 2
+    shown({"said": ["worker 0 died; beginning anew"]})
+    assert (shown.world_size, len(said)) == (0, 3)
+
+
 @pytest.mark.parametrize("row", [None, {"said": ["worker 0 died; beginning anew"]}])
 def test_a_group_of_which_nothing_is_heard_is_not_waited_for(tmp_path, row):
     """Nor is one that dies again and again before its first word."""

@@ -14,12 +14,13 @@ import torch
 from small import SMALL
 
 from mlvicx_dist.cli import main
-from mlvicx_dist.config import load_config
-from mlvicx_dist.errors import DataError, ResourceError
+from mlvicx_dist.config import PretrainConfig, load_as, load_config
+from mlvicx_dist.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import place
-from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint
+from mlvicx_dist.train import launch
+from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
 from mlvicx_dist.train.owner import TOKEN, check_owner, check_shared, take_over
 from mlvicx_dist.train.runlog import read_rows
 from mlvicx_dist.train.weights import load_encoder
@@ -55,6 +56,44 @@ def total_steps(config):
     settings = load_config(config)
     images = read_manifest(settings.data.shards[0].path).splits["train"]
     return settings.train.epochs * (images // settings.train.batch_size)
+
+
+class RefusedError(Exception):
+    """What a worker finds, once the run has begun."""
+
+
+def refused(config, run_dir, total, *, begin, **how):
+    begin("token")
+    raise RefusedError
+
+
+def test_settings_without_a_checkpoint_bind_nobody(config, run_dir, monkeypatch):
+    monkeypatch.setattr(launch, "drive", refused)
+    for overrides in (["model.init=imagenet"], ["model.init=random"], ["train.batch_size=5"]):
+        with pytest.raises(RefusedError):
+            launch.pretrain(load_as(PretrainConfig, config, overrides))
+    save_checkpoint(run_dir, {"step": 4}, keep=2)
+    with pytest.raises(CheckpointError, match=r"train.batch_size was 5 and is 6"):
+        launch.pretrain(load_as(PretrainConfig, config))
+
+
+def test_a_start_that_is_refused_leaves_the_record_of_the_run(config, run_dir, monkeypatch):
+    monkeypatch.setattr(launch, "drive", refused)
+    with pytest.raises(RefusedError):
+        launch.pretrain(load_as(PretrainConfig, config))
+    save_checkpoint(run_dir, {"step": 100}, keep=2)
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*.*")}
+    shorter = load_as(PretrainConfig, config, ["train.epochs=1"])
+    with pytest.raises(ConfigError, match="checkpoint is at step 100, but these settings end at"):
+        launch.pretrain(shorter, accept_changes=True)
+    # Nor does a run that is finished become one with other settings.
+    total = total_steps(config)
+    (run_dir / "state.json").write_text(json.dumps({"state": "finished", "steps": total}))
+    other = load_as(PretrainConfig, config, ["loss.lambda_local=7"])
+    outcome = launch.pretrain(other, accept_changes=True)
+    assert (outcome.already_finished, outcome.changes) == (True, "")
+    (run_dir / "state.json").unlink()
+    assert {path.name: path.read_bytes() for path in run_dir.glob("*.*")} == before
 
 
 def ray_processes(session_of):

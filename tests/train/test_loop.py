@@ -13,8 +13,10 @@ from mlvicx_dist.train import loop
 from mlvicx_dist.train.agreement import Agreement
 from mlvicx_dist.train.fingerprint import fingerprint
 from mlvicx_dist.train.loop import train
+from mlvicx_dist.train.metrics import Meter
 from mlvicx_dist.train.notices import NoNotices, Notice
 from mlvicx_dist.train.runlog import read_rows
+from mlvicx_dist.train.saver import Saver
 from mlvicx_dist.train.step import Member
 
 
@@ -50,13 +52,13 @@ def test_bf16_in_software_is_told_at_the_start(
     assert ("train.precision=float32" in words) == said
 
 
-def run_small(shards, folder, *, notices=None, **changes):
+def run_small(shards, folder, *, notices=None, report=lambda row: None, **changes):
     (folder / "small").mkdir(exist_ok=True)
     return train(
         parse_config(settings(shards, folder, **changes), "test"),
         folder / "small",
         Member(0, 1, torch.device("cpu")),
-        report=lambda row: None,
+        report=report,
         notices=notices or NoNotices(),
     )
 
@@ -65,6 +67,29 @@ def test_settings_that_end_before_the_newest_checkpoint_are_refused(phantom_shar
     run_small(phantom_shards, tmp_path, train__epochs=2)
     with pytest.raises(ConfigError, match=r"checkpoint is at step \d+, but these settings end at"):
         run_small(phantom_shards, tmp_path, train__epochs=1)
+
+
+def test_what_is_said_after_the_last_row_is_told_at_once(phantom_shards, tmp_path, monkeypatch):
+    rows = []
+    finish = Saver.finish
+
+    def slowly(saver, step, **how):
+        saver.say("the disk is full")
+        assert rows[-1] == {"said": ["the disk is full"], "world_size": 1}
+        finish(saver, step, **how)
+
+    monkeypatch.setattr(Saver, "finish", slowly)
+    run_small(phantom_shards, tmp_path, train__epochs=1, report=rows.append)
+    assert "loss" in rows[-2]
+
+
+def test_a_deviation_of_one_row_is_none():
+    meter = Meter(1)
+    meter.add(0, {"loss": torch.tensor(1.0)}, torch.rand(1, 4))
+    row = meter.row()
+    assert row["loss"] == 1 and "encoder/std" not in row
+    meter.add(1, {"loss": torch.tensor(1.0)}, torch.rand(1, 4))
+    assert meter.row()["encoder/std"] > 0
 
 
 def test_the_time_of_a_run_counts_all_its_starts(phantom_shards, tmp_path):

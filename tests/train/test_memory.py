@@ -176,15 +176,17 @@ def test_a_group_that_memory_cannot_hold_is_refused_in_one_sentence(
     check_memory(settings, world_size, node_workers=2, where="this machine")
 
 
-def test_a_backbone_whose_maps_do_not_fit_is_one_sentence(capfd):
-    model = Model(backbone="swin_tiny_patch4_window7_224", context=False)
+@pytest.mark.parametrize(
+    "backbone",
+    ["swin_tiny_patch4_window7_224", "selecsls42", "botnet26t_256", "swinv2_tiny_window8_256"],
+)
+def test_a_backbone_whose_maps_do_not_fit_is_one_sentence(capfd, backbone):
+    model = Model(backbone=backbone, context=backbone == "selecsls42")
     settings = config().model_copy(update={"model": model})
     settings = settings.model_copy(
         update={"views": settings.views.model_copy(update={"image_size_px": 224})}
     )
-    with pytest.raises(
-        ConfigError, match=r"swin_tiny_patch4_window7_224: it does not run"
-    ) as error:
+    with pytest.raises(ConfigError, match=f"{backbone}: it does not run") as error:
         needed_bytes(settings, 2)
     assert ".)" not in str(error.value) and capfd.readouterr().err == ""
 

@@ -87,5 +87,17 @@ def test_events_that_cannot_be_written_cost_no_row(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_a_row_that_a_folder_out_of_reach_holds_up_is_not_lost(tmp_path):
+    def stale():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with RunLog(tmp_path, step=0) as log:
+        with pytest.raises(OSError, match="Stale"):
+            log.write({"step": 1}, fence=stale)
+        assert steps(tmp_path) == []
+        log.write({"step": 2}, fence=lambda: None)
+    assert steps(tmp_path) == [1, 2]
+
+
 def fail(row):
     raise OSError(errno.ENOSPC, "No space left on device")
