@@ -111,7 +111,7 @@ def known_nodes() -> Nodes:
         tree = _autoscaler_settings()
         head, most = tree["head_node_type"], int(tree["max_workers"])
         kinds = {
-            name: (dict(kind["resources"]), int(kind["max_workers"]))
+            name: (dict(kind["resources"]), int(kind.get("max_workers", most)))
             for name, kind in tree["available_node_types"].items()
         }
         if any(resources for resources, _ in kinds.values()):

@@ -41,7 +41,7 @@ def test_what_ray_up_may_add_counts(nodes, monkeypatch, tmp_path):
 max_workers: 3
 head_node_type: head
 available_node_types:
-  head: {resources: {CPU: 0}, max_workers: 0}
+  head: {resources: {CPU: 0}}
   gpu: {resources: {CPU: 8, GPU: 2}, min_workers: 0, max_workers: 10}
 """
     )

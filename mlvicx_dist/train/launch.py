@@ -103,13 +103,12 @@ def pretrain(
             stack.enter_context(only_driver(run_dir))
         with writing(run_dir):
             wanted = fingerprint(config, shards.digests(), read_fingerprint(run_dir))
-            trained = newest_step(run_dir)
-            changes = ""
-            # Settings that no worker has taken a checkpoint with bind nobody.
-            if trained:
+            trained, state, changes = newest_step(run_dir), _state(run_dir), ""
+            # Settings that no worker has taken a checkpoint with bind nobody; those of a run that
+            # is finished do, whose checkpoints may be gone.
+            if trained or state:
                 changes = check_fingerprint(run_dir, wanted, accept=accept_changes)
             check_end(run_dir, trained, total)
-            state = _state(run_dir)
             if state.get("state") == "finished" and state.get("steps") == total:
                 return Outcome(run_dir, total, total, already_finished=True)
 

@@ -20,7 +20,12 @@ from mlvicx_dist.ingest.shards import read_manifest
 from mlvicx_dist.session import ray_session
 from mlvicx_dist.storage import place
 from mlvicx_dist.train import launch
-from mlvicx_dist.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
+from mlvicx_dist.train.checkpoint import (
+    newest_checkpoint,
+    read_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from mlvicx_dist.train.owner import TOKEN, check_owner, check_shared, take_over
 from mlvicx_dist.train.runlog import read_rows
 from mlvicx_dist.train.weights import load_encoder
@@ -92,6 +97,10 @@ def test_a_start_that_is_refused_leaves_the_record_of_the_run(config, run_dir, m
     other = load_as(PretrainConfig, config, ["loss.lambda_local=7"])
     outcome = launch.pretrain(other, accept_changes=True)
     assert (outcome.already_finished, outcome.changes) == (True, "")
+    # Where its checkpoints are gone its settings bind still.
+    remove_checkpoints(run_dir)
+    with pytest.raises(CheckpointError, match=r"loss.lambda_local was .* and is 7"):
+        launch.pretrain(other)
     (run_dir / "state.json").unlink()
     assert {path.name: path.read_bytes() for path in run_dir.glob("*.*")} == before
 
